@@ -1,0 +1,49 @@
+# Each target sets up what it needs in .venv and is quick the second time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CORE   := $(VENV)/.core
+DEV    := $(VENV)/.dev
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint format bench heads clean
+.DEFAULT_GOAL := test
+
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "aesthetic-filter needs Python 3.11 or later; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "setting up $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing aesthetic-filter into $(VENV) (the first time takes a minute)"
+	@$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "installing the development tools into $(VENV) (the first time takes some minutes)"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' > $(VENV)/dev.txt
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[clip,s3]' -r $(VENV)/dev.txt
+	@touch $@
+
+demo: $(CORE)       ## score the sample, filter it, show the result
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+test: $(DEV)        ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(DEV)        ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(DEV)      ## rewrite the code in the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(DEV)       ## speed, side by side, on this machine: a table, and bench.json
+	@$(BIN)/python benchmarks/bench.py --json bench.json
+
+heads: $(DEV)       ## fold the bundled heads again from their published checkpoints
+	@$(BIN)/python scripts/build_heads.py $(CHECKPOINTS)
+
+clean:              ## remove everything the other targets made
+	@rm -rf $(VENV) demo bench.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
