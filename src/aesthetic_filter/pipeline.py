@@ -1,0 +1,316 @@
+"""``score()``: from a source of embeddings to a folder of scores. The whole flow on one screen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from aesthetic_filter import kernels
+from aesthetic_filter.errors import (
+    AestheticFilterError,
+    OutputError,
+    ShardError,
+    WrongEmbeddingsError,
+)
+from aesthetic_filter.formats import Format, Shard, Wanted, find_format
+from aesthetic_filter.guard import check_source, check_space, foreign_source
+from aesthetic_filter.heads import Head, load_head
+from aesthetic_filter.heads.head import wrong_width
+from aesthetic_filter.prefetch import prefetch
+from aesthetic_filter.run_folder import Part, RunFolder, open_run_folder, provenance, read_part
+from aesthetic_filter.storage import Source, list_source
+from aesthetic_filter.table import (
+    COSINE,
+    EMBEDDING,
+    ERROR,
+    IMAGE_ID,
+    NORM,
+    RESULT_COLUMNS,
+    SCORE,
+    column_vectors,
+)
+
+if TYPE_CHECKING:
+    from aesthetic_filter.scores import Scores
+
+
+@dataclass
+class Progress:
+    """How far a run is; handed to ``on_progress`` again and again.
+
+    Attributes:
+        shards: how many there are.
+        reused: how many an earlier run had finished.
+        finished: how many are finished, the reused ones among them.
+        broken: shard name to reason, for those left behind (``keep_going``).
+        total_bytes: of all shards that this run has to read.
+        bytes: of those, how many are read, about.
+        rows: scored or failed in this run.
+        failed: of those, rows without a score.
+    """
+
+    shards: int
+    reused: int
+    finished: int
+    broken: dict[str, str]
+    total_bytes: int
+    bytes: float = 0
+    rows: int = 0
+    failed: int = 0
+
+
+def score(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    head: Head | str | Path | None = None,
+    model_dir: str | Path | None = None,
+    format: str | None = None,
+    embedding_column: str | None = None,
+    id_column: str | None = None,
+    columns: Sequence[str] | None = None,
+    allow_foreign: bool = False,
+    keep_going: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Scores:
+    """Score every embedding of a source; one output part for each of its shards.
+
+    Interrupted at any moment, the same call again goes on where it stopped.
+
+    Args:
+        source: a folder, file, glob or URI of ``.npy`` or Parquet embeddings.
+        out: the scores folder, on this machine.
+        head: a head, or what :func:`load_head` takes; default: the reference head.
+        model_dir: where heads from the hub are kept; default: the hub's own cache.
+        format: the source's format; default: told from its file names.
+        embedding_column: default: found by its type and usual names.
+        id_column: default: found by its usual names.
+        columns: which other columns to carry through; default: all.
+        allow_foreign: score vectors that do not look like the head's embedding space.
+        keep_going: record a broken shard and go on.
+        overwrite: remove the scores that another run left in ``out``.
+        workers: how many shards are worked on at once; default: the processors.
+        on_progress: called after every batch, from any thread.
+
+    Returns:
+        The scores, open.
+
+    Raises:
+        SourceError: nothing to read, or not in a format known here.
+        OutputError: ``out`` holds something else, is in use, or cannot be written.
+        WrongEmbeddingsError: the vectors are not what the head was trained on.
+        ShardError: a shard is broken and ``keep_going`` is not set; finished parts stay.
+    """
+    from aesthetic_filter.scores import open_scores
+
+    folder = local_folder(out)
+    head = head if isinstance(head, Head) else load_head(head, model_dir=model_dir)
+    listing = list_source(source).without(folder)
+    format_name, reader = find_format(listing, format)
+    shards = reader.shards(listing)
+    wanted = Wanted(embedding_column, id_column, None if columns is None else tuple(columns))
+    check_source(head, reader, listing, shards, wanted, allow_foreign=allow_foreign)
+
+    identity = provenance(head, listing.uri, format_name, vars(wanted))
+    with open_run_folder(folder, identity, overwrite=overwrite) as run:
+        done, todo = _what_is_left(run, shards)
+        progress = Progress(len(shards), len(done), len(done), {}, sum(s.size for s in todo))
+        run.write_run_file("running")
+        job = _Job(run, reader, listing, head, wanted, progress, on_progress or _ignore)
+        try:
+            done += _run_all(job, todo, workers or kernels.default_threads(), keep_going)
+            counts = {
+                key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")
+            }
+            scored = counts["rows"] - counts["failed"]
+            if counts["foreign"] * 2 > scored and not allow_foreign:
+                raise foreign_source(listing, head, counts["foreign"], scored)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                run.write_run_file("incomplete", error=str(error) or type(error).__name__)
+            raise
+        broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
+        status = "complete" if not broken else "incomplete"
+        run.write_run_file(
+            status, shards=len(shards), broken_shards=broken, scored=scored, **counts
+        )
+    return open_scores(folder)
+
+
+def score_table(table: pa.Table, head: Head, *, threads: int | None = None) -> tuple[pa.Table, int]:
+    """Score one batch.
+
+    Args:
+        table: ``image_id``, ``embedding`` and any other columns.
+        head: the head.
+        threads: how many may share the rows.
+
+    Returns:
+        The table with ``aesthetic_score``, ``error``, ``embedding_norm`` and ``reference_cosine``
+        instead of ``embedding``, and how many of its rows look foreign. A failed row has an
+        error and nulls.
+
+    Raises:
+        WidthError: the vectors have another width than the head's.
+    """
+    vectors, errors = column_vectors(table.column(EMBEDDING), head.width)
+    if vectors.shape[1] != head.width and table.num_rows:
+        raise wrong_width(vectors.shape[1], head)
+    vectors = vectors.reshape(-1, head.width)
+    measured = head.measure(vectors, threads=threads)
+    for row in np.flatnonzero(measured.failed).tolist():
+        errors.setdefault(row, measured.error(row) or "")
+    failed: Any = None
+    reasons: Any = pa.nulls(table.num_rows, pa.string())
+    if errors:
+        failed = np.zeros(table.num_rows, np.bool_)
+        failed[list(errors)] = True
+        reasons = pa.array([errors.get(row) for row in range(table.num_rows)], pa.string())
+    results = {
+        SCORE: pa.array(measured.scores, mask=failed),
+        ERROR: reasons,
+        NORM: pa.array(measured.norms, mask=failed),
+        COSINE: pa.array(measured.cosines, mask=failed),
+    }
+    carried = {
+        f"source_{name}" if name in RESULT_COLUMNS else name: table.column(name)
+        for name in table.column_names
+        if name not in (IMAGE_ID, EMBEDDING)
+    }
+    scored = pa.table({IMAGE_ID: table.column(IMAGE_ID), **results, **carried})
+    return scored, int(np.count_nonzero(head.foreign(measured.cosines)))
+
+
+@dataclass
+class _Job:
+    """What the workers share."""
+
+    run: RunFolder
+    reader: Format
+    source: Source
+    head: Head
+    wanted: Wanted
+    progress: Progress
+    report: Callable[[Progress], None]
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+
+    def score_shard(self, shard: Shard) -> Part:
+        def batches() -> Iterator[tuple[pa.Table, int]]:
+            rows = 0
+            tables = self.reader.read(self.source, shard, self.wanted)
+            for table in tables if self.source.is_local else prefetch(tables):
+                if self.stop.is_set():
+                    raise _StoppedError
+                check_space(self.head, table, shard.name)
+                scored, foreign = score_table(table, self.head, threads=self.threads)
+                rows += table.num_rows
+                self._advance(table.nbytes, scored)
+                yield scored, foreign
+
+        try:
+            return self.run.write_part(shard.name, shard.version, batches())
+        except WrongEmbeddingsError as error:
+            raise type(error)(f"{shard.name}: {error}") from None
+
+    def _advance(self, read: int, scored: pa.Table) -> None:
+        with self.lock:
+            self.progress.bytes = min(self.progress.bytes + read, self.progress.total_bytes)
+            self.progress.rows += scored.num_rows
+            self.progress.failed += scored.column(SCORE).null_count
+            self.report(self.progress)
+
+
+class _StoppedError(Exception):
+    """Raised in a worker to give up its shard because the run is ending."""
+
+
+def _run_all(job: _Job, shards: list[Shard], workers: int, keep_going: bool) -> list[Part]:
+    """Score the shards, several at a time; the first failure ends the run unless ``keep_going``."""
+    parts = []
+    workers = max(1, min(workers, len(shards)))
+    job.threads = max(1, kernels.default_threads() // workers)
+    left = iter(shards)
+    with ThreadPoolExecutor(workers, thread_name_prefix="aesthetic-filter-shard") as pool:
+        try:
+            waiting = {pool.submit(job.score_shard, s): s for s in islice(left, 2 * workers)}
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    shard = waiting.pop(future)
+                    part = _result(job, shard, future, keep_going)
+                    if part is not None:
+                        parts.append(part)
+                        job.progress.finished += 1
+                    job.report(job.progress)
+                    waiting |= {pool.submit(job.score_shard, s): s for s in islice(left, 1)}
+        finally:
+            job.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    return parts
+
+
+def _result(job: _Job, shard: Shard, future: Future[Part], keep_going: bool) -> Part | None:
+    """A shard's part; None where the shard is broken and that is put up with."""
+    try:
+        return future.result()
+    except (ShardError, WrongEmbeddingsError) as error:
+        if not keep_going:
+            raise
+        job.progress.broken[shard.name] = getattr(error, "reason", str(error))
+        return None
+    except OSError as error:
+        raise AestheticFilterError(
+            f"{job.run.path}: cannot be written: {error.strerror or error}. "
+            "The finished parts are whole; make room, then run the same again"
+        ) from None
+
+
+def _what_is_left(run: RunFolder, shards: list[Shard]) -> tuple[list[Part], list[Shard]]:
+    """The parts that are finished, and the shards that are not."""
+    done, todo = [], []
+    for shard in shards:
+        part = run.finished(shard.name, shard.version)
+        if part is None:
+            todo.append(shard)
+        else:
+            done.append(part)
+    names = {shard.name for shard in shards}
+    parts = [read_part(path) for path in run.parts()] if len(run.parts()) > len(done) else []
+    gone = [part.shard for part in parts if part and part.shard not in names]
+    if gone:
+        raise OutputError(
+            f"{run.path}: holds scores of {len(gone)} shard(s) that the source no longer has "
+            f"({gone[0]}…). Give another --out, or --overwrite to begin again"
+        )
+    return done, todo
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """An output folder's path.
+
+    Raises:
+        OutputError: it is a URI; results are written on this machine.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise OutputError(f"{text}: results are written to a local folder; copy them there after")
+    return Path(text).expanduser()
+
+
+def _ignore(_: Progress) -> None:
+    pass

@@ -1,0 +1,247 @@
+"""A scores folder: one Parquet part for each shard, a lock, and ``_run.json``.
+
+What is finished is told by the parts themselves, which appear whole or not at all; ``_run.json``
+says what the run is, so that another head or source cannot mix into it. Nothing else is needed to
+go on after ``kill -9``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aesthetic_filter.errors import OutputError
+from aesthetic_filter.formats.parquet import regroup, rows_writer
+from aesthetic_filter.table import METADATA_KEY, SCORE
+
+if TYPE_CHECKING:
+    from aesthetic_filter.heads import Head
+
+RUN_FILE = "_run.json"
+COUNTS_KEY = b"aesthetic_filter_counts"
+"""Where a part keeps what was counted while it was written, as JSON."""
+
+SCHEMA_VERSION = 1
+_LOCK = ".lock"
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part.
+
+    Attributes:
+        path: the file.
+        shard: the shard it was made from.
+        version: that shard's version when it was read.
+        counts: rows, failed and foreign rows.
+    """
+
+    path: Path
+    shard: str
+    version: str
+    counts: Mapping[str, int]
+
+
+class RunFolder:
+    """An open, locked scores folder."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+
+    def part_path(self, shard: str) -> Path:
+        """Where a shard's part lies: under the shard's own relative path."""
+        return self.path / f"{shard}.parquet"
+
+    def finished(self, shard: str, shard_version: str) -> Part | None:
+        """The shard's part, if it is there and was made from this version of the shard."""
+        part = read_part(self.part_path(shard))
+        return part if part and part.version == shard_version else None
+
+    def write_part(self, shard: str, version: str, tables: Iterable[tuple[pa.Table, int]]) -> Part:
+        """Write a shard's part; it appears when it is whole.
+
+        Args:
+            shard: the shard's name.
+            version: its version.
+            tables: its rows with their results, each table with how many of its rows look
+                foreign; at least one, if of no rows.
+
+        Raises:
+            OSError: the part cannot be written.
+        """
+        final = self.part_path(shard)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = final.with_name(final.name + UNFINISHED)
+        counts = {"rows": 0, "failed": 0, "foreign": 0}
+
+        def counted() -> Iterator[pa.Table]:
+            for table, foreign in tables:
+                counts["rows"] += table.num_rows
+                counts["failed"] += table.column(SCORE).null_count
+                counts["foreign"] += foreign
+                yield table
+
+        stamp = json.dumps({**self.identity, "shard": shard, "shard_version": version})
+        rows = counted()
+        try:
+            first = next(rows)
+            schema = first.schema.with_metadata({METADATA_KEY: stamp.encode()})
+            with rows_writer(unfinished, schema) as writer:
+                for table in regroup(chain([first], rows), schema):
+                    writer.write_table(table)
+                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts).encode()})
+            unfinished.replace(final)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return Part(final, shard, version, counts)
+
+    def parts(self) -> list[Path]:
+        """The finished parts, of whichever run."""
+        return list_parts(self.path)
+
+    def write_run_file(self, status: str, **facts: Any) -> None:
+        """Write ``_run.json``: what this run is, and how far it is."""
+        write_json(self.path / RUN_FILE, {"status": status, **self.identity, **facts})
+
+
+@contextmanager
+def open_run_folder(
+    path: Path, identity: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[RunFolder]:
+    """Lock a scores folder for one run, new or continued.
+
+    Args:
+        path: the folder; made if it is not there.
+        identity: what makes a run what it is: head, source, options.
+        overwrite: remove what another run left there.
+
+    Raises:
+        OutputError: it holds another run's scores or other files, another run is writing to it,
+            or it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except (OSError, FileExistsError) as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "?"
+            raise OutputError(
+                f"{path}: another run (process {holder}) is writing to it; "
+                "wait for it, or give another --out"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        _claim(path, identity, overwrite=overwrite)
+        yield RunFolder(path, identity)
+    finally:
+        os.close(lock)
+
+
+def _claim(path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    found = read_run_file(path)
+    if found is None:
+        strangers = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
+        if strangers:
+            raise OutputError(
+                f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}…) and no scores; "
+                "give an empty or a new folder as --out"
+            )
+    elif overwrite:
+        for part in list_parts(path):
+            part.unlink()
+        (path / RUN_FILE).unlink()
+    else:
+        differences = [
+            f"{what} {_short(there)} instead of {_short(asked)}"
+            for what, there, asked in _differences(found, identity)
+        ]
+        if differences:
+            raise OutputError(
+                f"{path}: holds scores made with {'; '.join(differences)}. "
+                "Give another --out, or --overwrite to replace them"
+            )
+    for stale in path.rglob(f"*{UNFINISHED}"):
+        stale.unlink()
+
+
+def _differences(
+    found: Mapping[str, Any], asked: Mapping[str, Any]
+) -> Iterator[tuple[str, object, object]]:
+    if found.get("head", {}).get("sha256") != asked["head"]["sha256"]:
+        yield "head", found.get("head", {}).get("name"), asked["head"]["name"]
+    for key in ("schema_version", "source", "format", "columns"):
+        if found.get(key) != asked[key]:
+            yield key.replace("_", " "), found.get(key), asked[key]
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_run_file(path: Path) -> dict[str, Any] | None:
+    """``_run.json`` of a scores folder, or None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path / RUN_FILE}: cannot be read ({error})") from None
+    return found
+
+
+def list_parts(path: Path) -> list[Path]:
+    """The finished parts in a scores folder, in order."""
+    return sorted(path.rglob("*.parquet"))
+
+
+def read_part(path: Path) -> Part | None:
+    """What a part says of itself; None where it is missing, foreign or damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata = file.metadata.metadata or {}
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return None
+    if METADATA_KEY not in metadata or COUNTS_KEY not in metadata:
+        return None
+    provenance = json.loads(metadata[METADATA_KEY])
+    counts = json.loads(metadata[COUNTS_KEY])
+    return Part(path, provenance["shard"], provenance["shard_version"], counts)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    beside = path.with_name(path.name + UNFINISHED)
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def provenance(
+    head: Head, source: str, format_name: str, columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes a run what it is, as it stands in ``_run.json`` and in every part."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "package": f"aesthetic-filter {version('aesthetic-filter')}",
+        "head": {"name": head.name, "sha256": head.sha256, **head.provenance},
+        "space": head.space,
+        "source": source,
+        "format": format_name,
+        "columns": dict(columns),
+    }
