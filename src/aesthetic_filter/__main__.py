@@ -1,0 +1,5 @@
+"""``python -m aesthetic_filter``."""
+
+from aesthetic_filter.cli import main
+
+main()

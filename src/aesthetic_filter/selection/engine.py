@@ -1,0 +1,248 @@
+"""Choose rows by rules, over scores of any size; nothing is scored again.
+
+Every row ends as kept, dropped (by the first rule that did not keep it) or failed (it has no
+score), and the three add up to the input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from aesthetic_filter.database import PART, ROW, ROWS, Database, quote, text
+from aesthetic_filter.errors import OutputError, SelectionError
+from aesthetic_filter.formats import find_writer
+from aesthetic_filter.run_folder import RUN_FILE, UNFINISHED, write_json
+from aesthetic_filter.selection.rule import Rule
+from aesthetic_filter.table import ERROR, METADATA_KEY, SCORE
+
+SELECTION_FILE = "_selection.json"
+DROPPED_BY = "dropped_by"
+
+_FATE = "__fate"  # NULL: kept so far; -1: failed; otherwise the number of the rule that dropped it
+_FAILED = f"({ERROR} IS NOT NULL OR {SCORE} IS NULL OR isnan({SCORE}))"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How the rows of a selection ended; kept, dropped and failed add up to rows.
+
+    Attributes:
+        rows: all of them.
+        kept: by all rules.
+        dropped: rule label to how many it dropped, in the order of the rules.
+        failed: those without a score.
+        groups: for a selection with quotas, group to (rows, kept), the largest first, at most 20.
+    """
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    failed: int
+    groups: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(map(len, (*self.dropped, *self.groups, "dropped"))) + 2
+        total = max(self.rows, 1)
+
+        def line(name: str, count: int, indent: int) -> str:
+            share = f"{count / total:7.1%}"
+            return f"{' ' * indent}{name:<{width + 4 - indent}}{count:>14,}{share:>9}"
+
+        lines = [line("rows", self.rows, 2), line("kept", self.kept, 2)]
+        lines.append(line("dropped", sum(self.dropped.values()), 2))
+        lines += [line(label, count, 4) for label, count in self.dropped.items()]
+        lines.append(line("failed", self.failed, 2))
+        if self.groups:
+            lines.append("  kept of each group")
+            lines += [
+                f"    {name:<{width}}{kept:>14,}{kept / max(rows, 1):>9.1%} of {rows:,}"
+                for name, (rows, kept) in self.groups.items()
+            ]
+        return "\n".join(lines)
+
+
+class Selection:
+    """The rows that some rules keep, drop and pass over. Made by ``Scores.select``.
+
+    Attributes:
+        rules: in the order in which they are applied.
+    """
+
+    def __init__(
+        self, database: Database, rules: Sequence[Rule], provenance: Mapping[str, Any]
+    ) -> None:
+        if not rules:
+            raise SelectionError(
+                "a selection needs at least one rule, such as --min-score 5.5 or --top 10%"
+            )
+        self.rules = tuple(sorted(rules, key=lambda rule: rule.order))
+        self._database = database
+        self._provenance = provenance
+        self._decided = self._decide()
+
+    def _decide(self) -> str:
+        """A parenthesised query of all rows with their fate, one rule around the other."""
+        decided = f"(SELECT *, CASE WHEN {_FAILED} THEN -1 END AS {_FATE} FROM {ROWS})"
+        for number, rule in enumerate(self.rules):
+            survivors = f"(SELECT * FROM {decided} WHERE {_FATE} IS NULL)"
+            scratch = f"rule{number}_{id(self):x}"
+            found = rule.condition(survivors, self._database, scratch)
+            fate = f"CASE WHEN r.{_FATE} IS NULL AND coalesce({found.keep}, false) IS FALSE "
+            fate += f"THEN {number} ELSE r.{_FATE} END"
+            decided = f"(SELECT r.* REPLACE ({fate} AS {_FATE}) FROM {decided} r {found.join})"
+        return decided
+
+    @cached_property
+    def counts(self) -> Counts:
+        """How the rows ended."""
+        by_fate = dict(
+            self._database.rows(f"SELECT {_FATE}, count(*) FROM {self._decided} GROUP BY {_FATE}")
+        )
+        per = next((p for rule in self.rules if (p := getattr(rule, "per", None))), None)
+        groups = {}
+        if per is not None:
+            groups = {
+                str(name): (rows, kept)
+                for name, rows, kept in self._database.rows(
+                    f"SELECT {quote(per)} AS g, count(*) AS n, "
+                    f"count(*) FILTER (WHERE {_FATE} IS NULL) "
+                    f"FROM {self._decided} GROUP BY g ORDER BY n DESC, g::VARCHAR LIMIT 20"
+                )
+            }
+        return Counts(
+            rows=sum(by_fate.values()),
+            kept=by_fate.get(None, 0),
+            dropped={rule.label: by_fate.get(n, 0) for n, rule in enumerate(self.rules)},
+            failed=by_fate.get(-1, 0),
+            groups=groups,
+        )
+
+    def __len__(self) -> int:
+        return self.counts.kept
+
+    def summary(self) -> str:
+        """Rows kept, dropped by each rule, and failed, as text."""
+        return str(self.counts)
+
+    def table(self) -> pa.Table:
+        """The kept rows, in the order of the source, as one table in memory."""
+        batches = list(self._database.stream(self._query("kept")))
+        if not batches:
+            return self._empty("kept")
+        return pa.Table.from_batches(batches)
+
+    def write(
+        self,
+        folder: str | Path,
+        *,
+        as_: str = "parquet",
+        with_dropped: bool = False,
+    ) -> Path:
+        """Write the kept rows as ``kept.*``, in the order of the source.
+
+        Args:
+            folder: where to; made if it is not there. A selection written there before is
+                replaced whole.
+            as_: parquet, csv, jsonl, or ids (text, one id a line).
+            with_dropped: also write ``dropped.*``, with the rule that dropped each row, and
+                ``failed.*``.
+
+        Returns:
+            The path of the kept rows.
+
+        Raises:
+            OutputError: the folder holds something else, or cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        writer = find_writer(as_)
+        _check_folder(folder)
+        made = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("kept", *(("dropped", "failed") if with_dropped else ())):
+                path = folder / f"{name}{writer.ENDING}"
+                beside = path.with_name(path.name + UNFINISHED)
+                made.append((beside, path))
+                writer.write(beside, self._schema(name), self._database.stream(self._query(name)))
+            stale = {p for p in folder.iterdir() if p.stem in ("kept", "dropped", "failed")}
+            for beside, path in made:
+                beside.replace(path)
+            for old in stale - {path for _, path in made} - {beside for beside, _ in made}:
+                old.unlink()
+            write_json(folder / SELECTION_FILE, self.describe())
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        finally:
+            for beside, _ in made:
+                beside.unlink(missing_ok=True)
+        return made[0][1]
+
+    def describe(self) -> dict[str, Any]:
+        """The selection as plain data: its rules, its counts, and where the scores come from."""
+        return {
+            "rules": [rule.label for rule in self.rules],
+            "counts": {
+                "rows": self.counts.rows,
+                "kept": self.counts.kept,
+                "dropped": dict(self.counts.dropped),
+                "failed": self.counts.failed,
+            },
+            "scores": dict(self._provenance),
+        }
+
+    def _query(self, fate: str) -> str:
+        order = f"ORDER BY {PART}, {ROW}"
+        columns = ", ".join(quote(name) for name in self._database.columns)
+        if fate == "kept":
+            return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} IS NULL {order}"
+        if fate == "failed":
+            return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} = -1 {order}"
+        names = " ".join(f"WHEN {n} THEN {text(rule.label)}" for n, rule in enumerate(self.rules))
+        return (
+            f"SELECT {columns}, CASE {_FATE} {names} END AS {DROPPED_BY} "
+            f"FROM {self._decided} WHERE {_FATE} >= 0 {order}"
+        )
+
+    def _empty(self, fate: str) -> pa.Table:
+        return self._database.empty(self._query(fate))
+
+    def _schema(self, fate: str) -> pa.Schema:
+        provenance = {**self._provenance, "selection": [rule.label for rule in self.rules]}
+        schema: pa.Schema = self._empty(fate).schema
+        return schema.with_metadata({METADATA_KEY: json.dumps(provenance).encode()})
+
+
+def group_expression(per: str | None, database: Database) -> str:
+    """SQL for a row's group; one constant where there are no groups.
+
+    Raises:
+        SelectionError: there is no such column.
+    """
+    if per is None:
+        return "0"
+    if per not in database.columns:
+        raise SelectionError(
+            f"--per {per!r}: there is no such column; there are: {', '.join(database.columns)}"
+        )
+    return f"r.{quote(per)}"
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise OutputError(f"{folder}: is a file; give a folder")
+    if (folder / RUN_FILE).exists():
+        raise OutputError(f"{folder}: holds scores; give another folder for what is kept of them")
+    if folder.is_dir() and not (folder / SELECTION_FILE).exists():
+        strangers = [p.name for p in folder.iterdir() if not p.name.endswith(UNFINISHED)]
+        if strangers:
+            raise OutputError(
+                f"{folder}: holds other files ({', '.join(sorted(strangers)[:3])}…); "
+                "give an empty or a new folder"
+            )
