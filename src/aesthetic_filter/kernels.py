@@ -288,12 +288,9 @@ def _float64_norms(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _rows_for_the_pass(rows: NDArray[Any]) -> NDArray[Any]:
     """The same rows as native float16 or float32 with contiguous values; a view where possible."""
-    if rows.dtype.itemsize == 8:
-        with np.errstate(
-            over="ignore"
-        ):  # beyond float32: infinite here, looked at again in float64
-            return rows.astype(np.float32)
-    rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
+    native = np.float32 if rows.dtype.itemsize == 8 else rows.dtype.newbyteorder("=")
+    with np.errstate(over="ignore"):  # beyond float32: infinite here, looked at again in float64
+        rows = rows.astype(native, copy=False)
     if rows.shape[1] == 1 or rows.strides[1] == rows.itemsize:
         return rows
     return np.ascontiguousarray(rows)

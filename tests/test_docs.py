@@ -1,0 +1,117 @@
+"""Documentation that can fail: every command shown is run, every help text pasted is compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TIMING = re.compile(r"[\d.]+ s, [\d,]+ rows/s")
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a documented command with this interpreter, in a folder."""
+    words = shlex.split(command)
+    if words[0] == "aesthetic-filter":
+        words = [sys.executable, "-m", "aesthetic_filter", *words[1:]]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    # What the parser sees of a terminal must not depend on the one the tests run in.
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
+    env |= {"COLUMNS": "100"}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_the_readme_tour_prints_what_it_shows(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "scripts").symlink_to(repo / "scripts")
+    blocks = re.findall(r"```console\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        first, _, shown = block.partition("\n")
+        result = run(first.removeprefix("$ "), tmp_path)
+        assert result.returncode == 0, result.stderr
+        printed = result.stdout.replace(str(tmp_path), "/home/you")
+        assert TIMING.sub("TIMING", printed) == TIMING.sub("TIMING", shown)
+
+
+def test_every_help_text_is_the_one_pasted(repo: Path, tmp_path: Path) -> None:
+    pasted = re.findall(r"```\n\$ (.*?)\n(.*?)```", (repo / "docs/cli.md").read_text(), re.DOTALL)
+    for command, shown in pasted:
+        printed = run(command, tmp_path).stdout.replace(
+            "python -m aesthetic_filter", "aesthetic-filter"
+        )
+        assert printed.rstrip() == shown.rstrip(), command
+    documented = {command.removesuffix(" --help") for command, _ in pasted}
+    assert documented == {"aesthetic-filter", *all_commands()}
+
+
+def test_every_command_is_in_the_readme(repo: Path) -> None:
+    readme = (repo / "README.md").read_text()
+    for command in all_commands():
+        if command != "aesthetic-filter heads":
+            assert f"`{command}" in readme
+
+
+def test_every_selection_rule_is_in_the_readme(repo: Path) -> None:
+    from aesthetic_filter.selection.rule import options
+
+    readme = (repo / "README.md").read_text()
+    assert [option.flag for option in options() if f"`{option.flag}" not in readme] == []
+
+
+def test_the_layout_in_the_design_is_the_one_there_is(repo: Path) -> None:
+    design = (repo / "docs/design.md").read_text()
+    for path in sorted((repo / "src/aesthetic_filter").iterdir()):
+        if path.name not in ("__pycache__", "py.typed"):
+            assert path.name.removesuffix(".py") in design, path.name
+
+
+def test_the_python_in_the_readme_runs(
+    repo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_embeddings: Callable[..., np.ndarray],
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    script = [sys.executable, str(repo / "scripts/make_sample.py"), "embeddings"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"embeddings": make_embeddings(3)}
+    exec(code[0], names)
+    assert np.asarray(names["scores"]).shape == (3,)
+    assert (tmp_path / "kept" / "kept.parquet").exists()
+
+
+def test_the_numbers_that_ship_are_in_the_notice(repo: Path) -> None:
+    import tomllib
+
+    notice = (repo / "NOTICE").read_text()
+    heads = repo / "src/aesthetic_filter/heads"
+    for path in heads.glob("*.safetensors"):
+        assert str(path.relative_to(repo)) in notice
+    catalogue = tomllib.loads((heads / "catalogue.toml").read_text())
+    for checkpoint in catalogue["checkpoint"]:
+        if (heads / f"{checkpoint['name']}.safetensors").exists():
+            assert checkpoint["sha256"] in notice
+
+
+def all_commands() -> list[str]:
+    """Every command there is, as the user types it."""
+    import typer
+
+    from aesthetic_filter.cli import app
+
+    top = typer.main.get_command(app)
+    found = []
+    for name, command in top.commands.items():  # type: ignore[attr-defined]
+        found.append(f"aesthetic-filter {name}")
+        found += [f"aesthetic-filter {name} {inner}" for inner in getattr(command, "commands", {})]
+    return found
