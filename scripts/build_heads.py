@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from aesthetic_filter.heads.convert import catalogue, convert
-from aesthetic_filter.heads.head import CLIP_VIT_L_14, _sorted_header, save_head
+from aesthetic_filter.heads.head import CLIP_VIT_L_14, save_head, sorted_header
 
 INTO = Path(__file__).parents[1] / "src" / "aesthetic_filter" / "heads"
 
@@ -34,7 +34,7 @@ def build_reference_direction(prototypes: list[Path]) -> bytes:
         "licence": "MIT",
         "sha256": f"{digest} (of the ten files, one after another)",
     }
-    return _sorted_header(save({"direction": direction}, facts))
+    return sorted_header(save({"direction": direction}, facts))
 
 
 def main() -> None:

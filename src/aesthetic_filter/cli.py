@@ -117,7 +117,7 @@ def score(
             help="A folder, file, glob or URI of .npy or Parquet CLIP ViT-L/14 embeddings.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The scores folder.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="The scores folder.")],
     head: Annotated[
         str | None,
         typer.Option(help="A bundled head, a file, or hf://ORG/REPO/FILE@REVISION."),
@@ -197,8 +197,10 @@ def score(
     gc.freeze()  # the process ends here: do not first search its memory for garbage, 0.2 s
 
 
-def _score_result(out: Path, progress: Progress | None, seconds: float) -> str:
-    facts = json.loads((out / "_run.json").read_text(encoding="utf-8"))
+def _score_result(out: str, progress: Progress | None, seconds: float) -> str:
+    from aesthetic_filter.run_folder import local_folder, read_run_file
+
+    facts = read_run_file(local_folder(out)) or {}
     whole = facts["shards"] - len(facts["broken_shards"])
     lines = [
         f"{out}: {facts['rows']:,} rows in {whole:,} shards",
@@ -220,7 +222,9 @@ def _score_result(out: Path, progress: Progress | None, seconds: float) -> str:
 
 def _filter(
     scores: ScoresPath,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the kept rows go.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the kept rows go.")
+    ],
     per: Annotated[
         str | None,
         typer.Option(metavar="COLUMN", help="--top and --sample hold within each value."),
@@ -301,18 +305,23 @@ def rank(
 
     rows = open_scores(scores).rank(n, worst=worst).to_pylist()
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False, default=str))
+        from aesthetic_filter.formats import jsonl
+
+        print(jsonl.as_json(rows, indent=2))
     else:
         print(_ranking(rows))
     _warn_if_incomplete(scores)
 
 
 def _ranking(rows: list[dict[str, Any]]) -> str:
+    from aesthetic_filter.table import printable
+
     shown = [c for c in ("image_path", "url", "caption") if rows and rows[0].get(c)][:1]
     lines = [f"{'rank':>5}  {'score':>7}  image_id"]
     for place, row in enumerate(rows, 1):
-        extra = "".join(f"  {str(row[c])[:80]}" for c in shown if row[c] != row["image_id"])
-        lines.append(f"{place:>5}  {row['aesthetic_score']:>7.4f}  {row['image_id']}{extra}")
+        named = printable(row["image_id"])
+        extra = "".join(f"  {printable(row[c])[:80]}" for c in shown if row[c] != row["image_id"])
+        lines.append(f"{place:>5}  {row['aesthetic_score']:>7.4f}  {named}{extra}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from aesthetic_filter.errors import AestheticFilterError, OutputError, SelectionError
 from aesthetic_filter.table import ERROR, IMAGE_ID, SCORE
@@ -26,6 +25,8 @@ ROWS = "scores"
 
 PART, ROW = "__part", "__row"
 """Where a row lies: the number of its file, and of the row within it."""
+
+_NUMBERS = ("FLOAT", "DOUBLE", "DECIMAL", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
 BINS = 4096
 BATCH_ROWS = 65_536
@@ -57,19 +58,26 @@ class Database:
         execute(f"SET allowed_paths = {_list(names)}")
         execute("SET enable_external_access = false")
         execute("SET lock_configuration = true")
-        there = _schema_names(names)
+        files = f"read_parquet({_list(names)}, union_by_name = true, hive_partitioning = false)"
+        try:
+            # Names that differ only in case are one name in SQL: the later becomes NAME_1.
+            there = {name: kind for name, kind, *_ in self.rows(f"DESCRIBE SELECT * FROM {files}")}
+        except SelectionError as error:
+            raise OutputError(f"{names[0]}: cannot be read: {error}") from None
         for needed in (IMAGE_ID, SCORE):
             if needed not in there:
                 raise OutputError(f"{names[0]}: holds no scores: it has no column {needed!r}")
-        error = ERROR if ERROR in there else f"NULL::VARCHAR AS {ERROR}"
-        files = f"read_parquet({_list(names)}, union_by_name = true, hive_partitioning = false)"
-        rest = [quote(name) for name in there if name not in (IMAGE_ID, SCORE, ERROR)]
-        columns = ", ".join([f"{IMAGE_ID}::VARCHAR AS {IMAGE_ID}", SCORE, error, *rest])
+        if not there[SCORE].startswith(_NUMBERS):
+            raise OutputError(f"{names[0]}: its {SCORE} is {there[SCORE]}, not a number")
+        score = SCORE if there[SCORE] in ("FLOAT", "DOUBLE") else f"{SCORE}::DOUBLE AS {SCORE}"
+        why = ERROR if ERROR in there else f"NULL::VARCHAR AS {ERROR}"
+        rest = [name for name in there if name not in (IMAGE_ID, SCORE, ERROR)]
+        columns = ", ".join([f"{IMAGE_ID}::VARCHAR AS {IMAGE_ID}", score, why, *map(quote, rest)])
         execute(
             f"CREATE VIEW {ROWS} AS "
             f"SELECT {columns}, file_index AS {PART}, file_row_number AS {ROW} FROM {files}"
         )
-        return [IMAGE_ID, SCORE, ERROR, *[name for name in there if quote(name) in rest]]
+        return [IMAGE_ID, SCORE, ERROR, *rest]
 
     def close(self) -> None:
         """Let go of memory and spilled files."""
@@ -180,26 +188,21 @@ def parse_condition(condition: str) -> str:
         raise SelectionError(f"--where {condition!r} is malformed: {_complaint(error)}") from None
 
 
-def _schema_names(names: list[str]) -> list[str]:
-    found: dict[str, None] = {}
-    for name in names:
-        try:
-            found |= dict.fromkeys(pq.read_schema(name).names)
-        except (pa.ArrowException, OSError) as error:
-            raise OutputError(f"{name}: cannot be read as Parquet ({error})") from None
-    return list(found)
-
-
 def _list(values: Sequence[str]) -> str:
     return "[" + ", ".join(text(value) for value in values) + "]"
 
 
 def _explained(error: Exception) -> AestheticFilterError:
+    import duckdb
+
+    if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException | pa.ArrowException):
+        return AestheticFilterError(f"the query could not be finished: {_complaint(error)}")
     return SelectionError(_complaint(error))
 
 
 def _complaint(error: Exception) -> str:
-    return str(error).strip()
+    """What DuckDB says, less the query of ours in which it found it."""
+    return str(error).partition("\n\nLINE ")[0].strip()
 
 
 def _close(connection: Any, spill: str) -> None:

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from aesthetic_filter.errors import ForeignEmbeddingsError, ShardError, SpaceError
+from aesthetic_filter.errors import (
+    AestheticFilterError,
+    ForeignEmbeddingsError,
+    ShardError,
+    SourceError,
+    SpaceError,
+    WrongEmbeddingsError,
+)
 from aesthetic_filter.formats import Format, Shard, Wanted
 from aesthetic_filter.heads.head import FOREIGN_BELOW, Head, wrong_width
 from aesthetic_filter.storage import Source
@@ -33,32 +40,38 @@ def check_source(
 ) -> None:
     """Look at some rows of some shards, evenly spread, before the run begins.
 
-    Shards that cannot be read are left for the run to report.
+    A shard that cannot be read, or that holds something else, is left for the run to report, unless
+    none is as it should be.
 
     Raises:
-        WidthError: none of the shards has vectors of the head's width.
+        SourceError: none of the shards has an embedding column that can be found.
+        WrongEmbeddingsError: none of them has vectors of floating-point numbers.
+        WidthError: none of them has vectors of the head's width.
         ForeignEmbeddingsError: most rows are of another encoder, or of text.
         SpaceError: the embeddings carry the stamp of another space.
     """
     places = np.unique(np.linspace(0, len(shards) - 1, SAMPLED_SHARDS).round().astype(int))
     cosines = []
-    wrong = None
+    problem: AestheticFilterError | None = None
     for shard in (shards[place] for place in places):
         try:
             table = reader.sample(source, shard, wanted, SAMPLED_ROWS)
         except ShardError:
             continue
+        except (SourceError, WrongEmbeddingsError) as error:
+            problem = problem or error
+            continue
         if table is None or not table.num_rows:
             continue
         check_space(head, table, shard.name)
-        vectors, _ = column_vectors(table.column(EMBEDDING), head.width)
+        vectors, _ = column_vectors(table.column(EMBEDDING))
         if vectors.shape[1] != head.width:
-            wrong = vectors.shape[1]
+            problem = problem or wrong_width(vectors.shape[1], head)
             continue
         cosines.append(head.measure(vectors).cosines)
     if not cosines:
-        if wrong is not None:
-            raise wrong_width(wrong, head)
+        if problem is not None:
+            raise problem
         return
     together = np.concatenate(cosines)
     together = together[~np.isnan(together)]

@@ -10,10 +10,9 @@ the lanes are then added in halves (32 to 16 to 8 ...). Products and sums are fl
 multiply-adds (one rounding); the square root and the division are float64. float16 rows widen
 exactly, so the same values give the same bits in either type.
 
-The compiled pass (:mod:`aesthetic_filter.kernels_numba`) runs at about the speed at which the
-machine can read memory, but importing numba takes a third of a second, and compiling, once per
-machine, some more. Small inputs take the NumPy pass, which emulates the fused multiply-add
-exactly.
+The compiled pass (:mod:`aesthetic_filter.kernels_llvm`) runs at about the speed at which the
+machine can read memory, but takes a tenth of a second to load and compile. Small inputs take the
+NumPy pass, which emulates the fused multiply-add exactly.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from numpy.typing import NDArray
 LANES = 32
 """Values per block: two 512-bit or four 256-bit registers of float32."""
 
-COMPILED_FROM_ROWS = 8192
-"""After this many rows in a process it is worth loading the compiled pass (about 0.4 s)."""
+COMPILED_FROM_ROWS = 4096
+"""After this many rows in a process it is worth loading the compiled pass (about 0.1 s)."""
 
 PLAIN_SQUARED_NORMS = (1e-20, 1e30)
 """Squared norms between which float32 arithmetic neither underflows nor overflows.
@@ -134,7 +133,6 @@ def measure(
 
 def layered_scores(
     vectors: NDArray[Any],
-    norms: F32,
     layers: tuple[tuple[F32, F32], ...],
     *,
     threads: int | None = None,
@@ -143,27 +141,27 @@ def layered_scores(
 
     Args:
         vectors: (N, D) float16, float32 or float64.
-        norms: (N,) float32, the rows' norms from :func:`measure`.
         layers: for each layer the transposed weight (in, out) and the bias (out,), float32.
         threads: as in :func:`measure`.
 
     Returns:
-        (N,) float32; NaN where the norm is 0 or NaN. Additions run over the inputs in order,
-        without fused multiply-adds, so a row's score is the same bits in any batch here too.
+        (N,) float32; NaN where the row holds NaN or infinity, or is all zeros. Additions run over
+        the inputs in order, without fused multiply-adds, so a row's score is the same bits in any
+        batch here too.
     """
     count = vectors.shape[0]
     out = np.empty(count, np.float32)
     # A network costs a thousand times a dot product: fewer rows are worth compiling for.
-    compiled = _compiled_layers() if count >= COMPILED_FROM_ROWS // 32 else None
+    compiled = _compiled_layers() if count >= COMPILED_FROM_ROWS // 16 else None
     block = 64
 
     def one_block(start: int) -> None:
         rows = slice(start, min(start + block, count))
         with np.errstate(all="ignore"):
-            # Infinite norms belong to rows beyond float32: their direction is taken in float64.
             wide = vectors[rows].astype(np.float64)
-            scale = np.where(np.isfinite(norms[rows]), norms[rows], _float64_norms(wide))
-            x = (wide / scale[:, None]).astype(np.float32)
+            # By the largest value first: no square then leaves float64's range.
+            wide /= np.abs(wide).max(axis=1, keepdims=True)
+            x = (wide / _float64_norms(wide)[:, None]).astype(np.float32)
         for number, (weight, bias) in enumerate(layers):
             y = np.empty((x.shape[0], weight.shape[1]), np.float32)
             if compiled:
@@ -174,7 +172,7 @@ def layered_scores(
         out[rows] = x[:, 0]
 
     _spread(one_block, range(0, count, block), threads)
-    out[~(norms > 0)] = np.nan
+    out[np.isnan(out)] = np.nan  # of one sign, whichever pass made it
     return out
 
 
@@ -317,10 +315,10 @@ def _compiled(rows: int) -> _Pass | None:
         with _loading:
             _rows_so_far += rows
             if _compiled_pass is None and _rows_so_far >= COMPILED_FROM_ROWS:
-                from aesthetic_filter import kernels_numba
+                from aesthetic_filter import kernels_llvm
 
-                has_fma = kernels_numba.processor_has_fma()  # x86 before 2013 has not
-                _compiled_pass = kernels_numba.measure_rows if has_fma else _numpy_pass
+                has_fma = kernels_llvm.processor_has_fma()  # x86 before 2013 has not
+                _compiled_pass = kernels_llvm.measure_rows if has_fma else _numpy_pass
     return _compiled_pass
 
 
@@ -334,6 +332,10 @@ def _compiled_layers() -> Callable[[F32, F32, F32, F32], None]:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="aesthetic-filter-kernel")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _spread(work: Callable[[int], None], starts: range, threads: int | None) -> None:

@@ -20,6 +20,7 @@ from aesthetic_filter.errors import (
     AestheticFilterError,
     OutputError,
     ShardError,
+    SourceError,
     WrongEmbeddingsError,
 )
 from aesthetic_filter.formats import Format, Shard, Wanted, find_format
@@ -27,7 +28,15 @@ from aesthetic_filter.guard import check_source, check_space, foreign_source
 from aesthetic_filter.heads import Head, load_head
 from aesthetic_filter.heads.head import wrong_width
 from aesthetic_filter.prefetch import prefetch
-from aesthetic_filter.run_folder import Part, RunFolder, open_run_folder, provenance, read_part
+from aesthetic_filter.run_folder import (
+    Part,
+    RunFolder,
+    local_folder,
+    open_run_folder,
+    provenance,
+    read_part,
+    unwritable,
+)
 from aesthetic_filter.storage import Source, list_source
 from aesthetic_filter.table import (
     COSINE,
@@ -37,6 +46,7 @@ from aesthetic_filter.table import (
     NORM,
     RESULT_COLUMNS,
     SCORE,
+    carried_names,
     column_vectors,
 )
 
@@ -64,7 +74,7 @@ class Progress:
     finished: int
     broken: dict[str, str]
     total_bytes: int
-    bytes: float = 0
+    bytes: int = 0
     rows: int = 0
     failed: int = 0
 
@@ -131,6 +141,11 @@ def score(
         job = _Job(run, reader, listing, head, wanted, progress, on_progress or _ignore)
         try:
             done += _run_all(job, todo, workers or kernels.default_threads(), keep_going)
+            if not done:
+                name, why = min(progress.broken.items())
+                raise AestheticFilterError(
+                    f"{listing.uri}: none of its {len(shards):,} shards can be read; {name}: {why}"
+                )
             counts = {
                 key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")
             }
@@ -138,7 +153,7 @@ def score(
             if counts["foreign"] * 2 > scored and not allow_foreign:
                 raise foreign_source(listing, head, counts["foreign"], scored)
         except BaseException as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(AestheticFilterError):
                 run.write_run_file("incomplete", error=str(error) or type(error).__name__)
             raise
         broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
@@ -184,11 +199,9 @@ def score_table(table: pa.Table, head: Head, *, threads: int | None = None) -> t
         NORM: pa.array(measured.norms, mask=failed),
         COSINE: pa.array(measured.cosines, mask=failed),
     }
-    carried = {
-        f"source_{name}" if name in RESULT_COLUMNS else name: table.column(name)
-        for name in table.column_names
-        if name not in (IMAGE_ID, EMBEDDING)
-    }
+    others = [name for name in table.column_names if name not in (IMAGE_ID, EMBEDDING)]
+    names = carried_names(others, (IMAGE_ID, *RESULT_COLUMNS))
+    carried = {names[name]: table.column(name) for name in others}
     scored = pa.table({IMAGE_ID: table.column(IMAGE_ID), **results, **carried})
     return scored, int(np.count_nonzero(head.foreign(measured.cosines)))
 
@@ -209,6 +222,8 @@ class _Job:
     def __post_init__(self) -> None:
         self.stop = threading.Event()
         self.lock = threading.Lock()
+        self.under_way: dict[str, int] = {}  # shard name to bytes read of it, about
+        self.bytes_done = 0
 
     def score_shard(self, shard: Shard) -> Part:
         def batches() -> Iterator[tuple[pa.Table, int]]:
@@ -220,7 +235,7 @@ class _Job:
                 check_space(self.head, table, shard.name)
                 scored, foreign = score_table(table, self.head, threads=self.threads)
                 rows += table.num_rows
-                self._advance(table.nbytes, scored)
+                self._advance(shard, table.nbytes, scored)
                 yield scored, foreign
 
         try:
@@ -228,12 +243,24 @@ class _Job:
         except WrongEmbeddingsError as error:
             raise type(error)(f"{shard.name}: {error}") from None
 
-    def _advance(self, read: int, scored: pa.Table) -> None:
+    def _advance(self, shard: Shard, read: int, scored: pa.Table) -> None:
         with self.lock:
-            self.progress.bytes = min(self.progress.bytes + read, self.progress.total_bytes)
+            # A compressed shard gives more bytes than it has: it counts as whole when it is.
+            read += self.under_way.get(shard.name, 0)
+            self.under_way[shard.name] = min(read, shard.size)
             self.progress.rows += scored.num_rows
             self.progress.failed += scored.column(SCORE).null_count
-            self.report(self.progress)
+            self._report()
+
+    def shard_done(self, shard: Shard) -> None:
+        with self.lock:
+            self.under_way.pop(shard.name, None)
+            self.bytes_done += shard.size
+            self._report()
+
+    def _report(self) -> None:
+        self.progress.bytes = self.bytes_done + sum(self.under_way.values())
+        self.report(self.progress)
 
 
 class _StoppedError(Exception):
@@ -256,7 +283,7 @@ def _run_all(job: _Job, shards: list[Shard], workers: int, keep_going: bool) -> 
                     if part is not None:
                         parts.append(part)
                         job.progress.finished += 1
-                    job.report(job.progress)
+                    job.shard_done(shard)
                     waiting |= {pool.submit(job.score_shard, s): s for s in islice(left, 1)}
         finally:
             job.stop.set()
@@ -268,16 +295,14 @@ def _result(job: _Job, shard: Shard, future: Future[Part], keep_going: bool) -> 
     """A shard's part; None where the shard is broken and that is put up with."""
     try:
         return future.result()
-    except (ShardError, WrongEmbeddingsError) as error:
+    except (ShardError, SourceError, WrongEmbeddingsError) as error:
         if not keep_going:
             raise
         job.progress.broken[shard.name] = getattr(error, "reason", str(error))
+        job.run.part_path(shard.name).unlink(missing_ok=True)  # of what the shard was before
         return None
     except OSError as error:
-        raise AestheticFilterError(
-            f"{job.run.path}: cannot be written: {error.strerror or error}. "
-            "The finished parts are whole; make room, then run the same again"
-        ) from None
+        raise unwritable(job.run.path, error) from None
 
 
 def _what_is_left(run: RunFolder, shards: list[Shard]) -> tuple[list[Part], list[Shard]]:
@@ -298,18 +323,6 @@ def _what_is_left(run: RunFolder, shards: list[Shard]) -> tuple[list[Part], list
             f"({gone[0]}…). Give another --out, or --overwrite to begin again"
         )
     return done, todo
-
-
-def local_folder(path: str | os.PathLike[str]) -> Path:
-    """An output folder's path.
-
-    Raises:
-        OutputError: it is a URI; results are written on this machine.
-    """
-    text = os.fspath(path)
-    if "://" in text:
-        raise OutputError(f"{text}: results are written to a local folder; copy them there after")
-    return Path(text).expanduser()
 
 
 def _ignore(_: Progress) -> None:

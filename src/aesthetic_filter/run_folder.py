@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aesthetic_filter.errors import OutputError
+from aesthetic_filter.errors import AestheticFilterError, OutputError
 from aesthetic_filter.formats.parquet import regroup, rows_writer
+from aesthetic_filter.storage import natural_order
 from aesthetic_filter.table import METADATA_KEY, SCORE
 
 if TYPE_CHECKING:
@@ -113,8 +114,15 @@ class RunFolder:
         return list_parts(self.path)
 
     def write_run_file(self, status: str, **facts: Any) -> None:
-        """Write ``_run.json``: what this run is, and how far it is."""
-        write_json(self.path / RUN_FILE, {"status": status, **self.identity, **facts})
+        """Write ``_run.json``: what this run is, and how far it is.
+
+        Raises:
+            AestheticFilterError: it cannot be written.
+        """
+        try:
+            write_json(self.path / RUN_FILE, {"status": status, **self.identity, **facts})
+        except OSError as error:
+            raise unwritable(self.path, error) from None
 
 
 @contextmanager
@@ -147,7 +155,8 @@ def open_run_folder(
                 "wait for it, or give another --out"
             ) from None
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         _claim(path, identity, overwrite=overwrite)
         yield RunFolder(path, identity)
     finally:
@@ -157,7 +166,10 @@ def open_run_folder(
 def _claim(path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     found = read_run_file(path)
     if found is None:
-        strangers = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
+        if scores_around(path):
+            raise OutputError(f"{path}: lies in a folder of scores; give another --out")
+        own = (_LOCK, RUN_FILE + UNFINISHED)  # the latter of a run that was killed just then
+        strangers = [entry.name for entry in path.iterdir() if entry.name not in own]
         if strangers:
             raise OutputError(
                 f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}…) and no scores; "
@@ -166,7 +178,6 @@ def _claim(path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     elif overwrite:
         for part in list_parts(path):
             part.unlink()
-        (path / RUN_FILE).unlink()
     else:
         differences = [
             f"{what} {_short(there)} instead of {_short(asked)}"
@@ -206,15 +217,23 @@ def read_run_file(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def scores_around(path: Path) -> bool:
+    """Whether a folder is, or lies in, a scores folder: all Parquet files there are its parts."""
+    path = path.resolve()
+    return any((folder / RUN_FILE).exists() for folder in (path, *path.parents))
+
+
 def list_parts(path: Path) -> list[Path]:
-    """The finished parts in a scores folder, in order."""
-    return sorted(path.rglob("*.parquet"))
+    """The finished parts in a scores folder, in the order of the source's shards."""
+    names = [part.relative_to(path).as_posix() for part in path.rglob("*.parquet")]
+    names.sort(key=lambda name: natural_order(name.removesuffix(".parquet")))
+    return [path / name for name in names]
 
 
 def read_part(path: Path) -> Part | None:
     """What a part says of itself; None where it is missing, foreign or damaged."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path.absolute()) as file:
             metadata = file.metadata.metadata or {}
     except (FileNotFoundError, pa.ArrowException, OSError):
         return None
@@ -225,11 +244,35 @@ def read_part(path: Path) -> Part | None:
     return Part(path, provenance["shard"], provenance["shard_version"], counts)
 
 
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """An output folder's path.
+
+    Raises:
+        OutputError: it is a URI; results are written on this machine.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise OutputError(f"{text}: results are written to a local folder; copy them there after")
+    return Path(text).expanduser()
+
+
+def unwritable(path: Path, error: OSError) -> AestheticFilterError:
+    """The one message for a disk that is full or fails while a run is writing."""
+    return AestheticFilterError(
+        f"{path}: cannot be written: {error.strerror or error}. "
+        "The finished parts are whole; make room, then run the same again"
+    )
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that appears whole or not at all."""
     beside = path.with_name(path.name + UNFINISHED)
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def provenance(

@@ -29,7 +29,7 @@ from aesthetic_filter.table import COSINE, ERROR, METADATA_KEY, NORM, SCORE
 
 PERCENTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 
-_SCORED = f"{ERROR} IS NULL AND {SCORE} IS NOT NULL AND NOT isnan({SCORE})"
+_SCORED = f"{ERROR} IS NULL AND {SCORE} IS NOT NULL AND isfinite({SCORE})"
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class Scores:
         Raises:
             SelectionError: no rule, or one that makes no sense.
         """
+        if per is not None and top is None and top_fraction is None and sample is None:
+            raise SelectionError("per goes with top, top_fraction or sample")
         chosen = list(rules)
         if where is not None:
             chosen.append(Where(where))
@@ -189,6 +191,8 @@ class Scores:
         if top is not None:
             chosen.append(Top(count=top, per=per))
         if top_fraction is not None:
+            if not 0 < top_fraction <= 1:
+                raise SelectionError(f"top_fraction is above 0 and up to 1, not {top_fraction}")
             chosen.append(Top(share=Fraction(str(top_fraction)), per=per))
         if sample is not None:
             chosen.append(Sample(sample, seed, per))
@@ -196,7 +200,7 @@ class Scores:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, in the order of the source, as one table in memory; all columns or some."""
-        tables = [pq.read_table(file, columns=columns) for file in self.files]
+        tables = [pq.read_table(file.absolute(), columns=columns) for file in self.files]
         return pa.concat_tables(
             [t.replace_schema_metadata(None) for t in tables], promote_options="default"
         )
@@ -226,14 +230,14 @@ class Scores:
         )
         failures = dict(
             ask.rows(
-                f"SELECT coalesce({ERROR}, 'no score') AS why, count(*) AS n FROM {ROWS} "
-                f"WHERE NOT coalesce({_SCORED}, false) GROUP BY why ORDER BY n DESC, why"
+                f"SELECT coalesce({ERROR}, 'no score'), count(*) FROM {ROWS} "
+                f"WHERE NOT coalesce({_SCORED}, false) GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )
         percentiles = ask.order_statistics(SCORE, PERCENTILES, scored_rows)
         thresholds = threshold_steps(percentiles[0], percentiles[-1]) if percentiles else []
         kept = ask.row(
-            "SELECT 0"
+            "SELECT count(*)"
             + "".join(f", count(*) FILTER (WHERE {SCORE} >= {t!r}::FLOAT)" for t in thresholds)
             + f" FROM {scored_rows}"
         )[1:]
@@ -294,8 +298,8 @@ def threshold_steps(low: float, high: float) -> list[float]:
     step = next((s for s in (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5) if high - low <= 12 * s), 10.0)
     while high - low > 20 * step:
         step *= 10
-    first = int(low // step)
-    return [round(number * step, 6) for number in range(first, int(high // step) + 2)]
+    first, last = int(low // step), int((high + step * 1e-6) // step) + 1  # 5.25 // 0.05 is 104
+    return [round(number * step, 6) for number in range(first, last + 1)]
 
 
 def _common_provenance(path: Path, files: list[Path]) -> dict[str, Any]:
@@ -308,7 +312,7 @@ def _common_provenance(path: Path, files: list[Path]) -> dict[str, Any]:
     heads: dict[str, str] = {}
     for file in files:
         try:
-            stamp = (pq.read_schema(file).metadata or {}).get(METADATA_KEY)
+            stamp = (pq.read_schema(file.absolute()).metadata or {}).get(METADATA_KEY)
         except (pa.ArrowException, OSError) as error:
             raise OutputError(f"{file}: cannot be read as Parquet ({error})") from None
         found = json.loads(stamp) if stamp else {}

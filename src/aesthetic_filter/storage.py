@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -73,7 +74,7 @@ class Source:
         """The same source less what lies in ``folder``: a run does not read what it writes."""
         if not self.is_local:
             return self
-        inside = str(folder.absolute()) + "/"
+        inside = os.path.normpath(folder.absolute()) + "/"
         files = tuple(file for file in self.files if not file.path.startswith(inside))
         if not files:
             raise SourceError(f"{self.uri}: holds no files but those in {folder}")
@@ -83,6 +84,11 @@ class Source:
     def is_local(self) -> bool:
         """Whether the files lie on this machine."""
         return "file" in self.filesystem.protocol
+
+
+def natural_order(name: str) -> list[str | int]:
+    """A key to sort names by, in which ``x_2`` comes before ``x_10``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def list_source(location: str | os.PathLike[str]) -> Source:
@@ -100,7 +106,7 @@ def list_source(location: str | os.PathLike[str]) -> Source:
     text = os.fspath(location)
     scheme = text.partition("://")[0] if "://" in text else "file"
     if scheme == "file" and "://" not in text:
-        text = str(Path(text).expanduser().absolute())
+        text = os.path.normpath(Path(text).expanduser().absolute())
     try:
         filesystem, path = fsspec.core.url_to_fs(text)
     except ImportError as error:
@@ -120,7 +126,7 @@ def list_source(location: str | os.PathLike[str]) -> Source:
         raise SourceError(f"{location}: cannot be listed: {error}") from None
     files = tuple(
         File(name, info["name"], int(info.get("size") or 0), _version(info))
-        for name, info in sorted(found.items())
+        for name, info in sorted(found.items(), key=lambda item: natural_order(item[0]))
     )
     if not files:
         is_folder = filesystem.isdir(path) if not _GLOB & set(path) else False
@@ -137,10 +143,12 @@ def _find(filesystem: Any, path: str) -> tuple[dict[str, dict[str, Any]], str]:
         first = next(i for i, part in enumerate(parts) if _GLOB & set(part))
         root = "/".join(parts[:first])
         matched = filesystem.glob(path, detail=True)
-        files = {p: info for p, info in matched.items() if info["type"] == "file"}
+        files: dict[str, dict[str, Any]] = {}
         for p, info in matched.items():
-            if info["type"] == "directory":
+            if info["type"] != "file" and filesystem.isdir(p):  # a link is of neither type
                 files |= filesystem.find(p, detail=True)
+            else:
+                files[p] = info
     elif filesystem.isfile(path):
         root = path.rpartition("/")[0]
         info = filesystem.info(path)

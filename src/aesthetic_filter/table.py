@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,27 @@ NULL_EMBEDDING = "embedding is null"
 NULL_VALUES = "embedding has missing values"
 
 
+def printable(value: object) -> str:
+    """A value from a source as it may be shown: line breaks and terminal escapes made visible."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value)
+    )
+
+
+def carried_names(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """What the source's own columns are called beside ours: ``source_NAME`` where NAME is taken."""
+    names, taken = list(names), set(taken)
+    free = set(names) - taken
+    found = {}
+    for name in names:
+        new = name
+        while new in taken or (new != name and new in free):
+            new = f"source_{new}"
+        taken.add(new)
+        found[name] = new
+    return found
+
+
 def vectors_column(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
     """(N, D) float16, float32 or float64 vectors as an Arrow column, uncopied if contiguous."""
     native = vectors.astype(vectors.dtype.newbyteorder("="), copy=False)
@@ -50,7 +72,7 @@ def column_vectors(
     Args:
         column: fixed_size_list, list, large_list or fixed-shape tensor, of halffloat, float or
             double; nulls allowed, sliced and chunked arrays too.
-        width: the number of values a row should have; default: that of most rows.
+        width: the number of values a row of a list column must have; default: as most rows.
 
     Returns:
         (N, D) vectors, and for each row that holds no usable one (its vector is then zeros) the
@@ -101,8 +123,8 @@ def _ragged(
     offsets = array.offsets.to_numpy()
     lengths = np.diff(offsets)
     present = array.is_valid().to_numpy(zero_copy_only=False)
-    if width is None or not (lengths[present] == width).any():
-        width = _most_common(lengths[present], default=width or 0)
+    if width is None:
+        width = _most_common(lengths[present])
     fits = present & (lengths == width)
     if len(array) and fits.all():
         values = array.values.slice(offsets[0], len(array) * width)
@@ -149,8 +171,8 @@ def _has_null(values: pa.Array, width: int) -> NDArray[np.bool_]:
     return found
 
 
-def _most_common(lengths: NDArray[Any], default: int) -> int:
+def _most_common(lengths: NDArray[Any]) -> int:
     if not len(lengths):
-        return default
+        return 0
     values, counts = np.unique(lengths, return_counts=True)
     return int(values[counts.argmax()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from aesthetic_filter.errors import ChecksumError, DownloadError
+from aesthetic_filter.errors import ChecksumError, DownloadError, HeadError
 
 
 def fetch(repo: str, file: str, revision: str, *, model_dir: str | Path | None = None) -> Path:
@@ -22,13 +22,13 @@ def fetch(repo: str, file: str, revision: str, *, model_dir: str | Path | None =
         model_dir: where files are kept, in the layout of the hub's cache; default: that cache.
 
     Raises:
+        HeadError: ``repo`` is no name that a repository can have.
         DownloadError: the hub cannot be reached, or has no such file, and none is cached.
         ChecksumError: the file's content is not what the hub said it would be.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -46,8 +46,12 @@ def fetch(repo: str, file: str, revision: str, *, model_dir: str | Path | None =
 
     try:
         path = get(local_only=True)
+    except ValueError as error:
+        raise HeadError(f"{address}: {error}") from None
     except LocalEntryNotFoundError:
         try:
+            # Asked outright: the download would try for half a minute where there is no network.
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
             path = get(local_only=False)
         except RepositoryNotFoundError:
             problem = f"the hub has no repository {repo} (or it is private: `hf auth login`)"
@@ -58,7 +62,7 @@ def fetch(repo: str, file: str, revision: str, *, model_dir: str | Path | None =
             raise DownloadError(_out_of_reach(address, model_dir, error)) from None
         except EntryNotFoundError:
             raise DownloadError(f"{address}: {repo} has no file {file} at {revision}") from None
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # each HTTP library that the hub's client has used has its own
             raise DownloadError(_out_of_reach(address, model_dir, error)) from None
     _check(path, address)
     return path

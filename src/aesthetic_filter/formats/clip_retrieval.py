@@ -34,17 +34,22 @@ def shards(source: Source) -> list[Shard]:
     """One for each pair of files.
 
     Raises:
-        SourceError: an embedding file has no metadata file of its number.
+        SourceError: an embedding file has no metadata file of its number, or there are two of one.
     """
     metadata = _metadata(source)
     found = []
-    for number, file in sorted(_numbered(source, _VECTORS).items()):
+    for number, files in sorted(_numbered(source, _VECTORS).items()):
         if number not in metadata:
             raise SourceError(
-                f"{file.name}: its metadata file, number {number[1]}, is not there; "
+                f"{files[0].name}: its metadata file, number {number[1]}, is not there; "
                 "read the vectors alone with --format npy"
             )
-        found.append(Shard(file.name, (file, metadata[number])))
+        for same in (files, metadata[number]):
+            if len(same) > 1:
+                raise SourceError(
+                    f"{same[0].name} and {same[1].name} have the same number: remove one"
+                )
+        found.append(Shard(files[0].name, (files[0], metadata[number][0])))
     return found
 
 
@@ -59,7 +64,8 @@ def read(source: Source, shard: Shard, wanted: Wanted) -> Iterator[pa.Table]:
                 f"has {expected:,} rows, but {metadata_file.name} beside it has {described:,}",
             )
         columns = choose_columns(parquet.schema_arrow, metadata_file, wanted)
-        descriptions = _Rows(batches(parquet, columns.names))
+        # At least one column: tables without any do not know how many rows they have.
+        descriptions = _Rows(batches(parquet, columns.names or parquet.schema_arrow.names[:1]))
         start = 0
         for vectors, total in npy.read_vectors(source, shard):
             made = npy.row_ids(vectors_file.name, start, start + len(vectors), total)
@@ -73,18 +79,18 @@ def sample(source: Source, shard: Shard, wanted: Wanted, rows: int) -> pa.Table 
     return npy.sample(source, shard, wanted, rows)
 
 
-def _numbered(source: Source, pattern: re.Pattern[str]) -> dict[tuple[str, int], File]:
+def _numbered(source: Source, pattern: re.Pattern[str]) -> dict[tuple[str, int], list[File]]:
     """Files by their place (the folder above theirs) and number."""
-    found = {}
+    found: dict[tuple[str, int], list[File]] = {}
     for file in source.files:
         match = pattern.fullmatch(file.name)
         if match:
             place = (match["folder"] or "").rpartition("/")[0]
-            found[place, int(match["number"])] = file
+            found.setdefault((place, int(match["number"])), []).append(file)
     return found
 
 
-def _metadata(source: Source) -> dict[tuple[str, int], File]:
+def _metadata(source: Source) -> dict[tuple[str, int], list[File]]:
     found = _numbered(source, _METADATA)
     if found or not source.root.endswith("/img_emb"):
         return found
@@ -96,8 +102,8 @@ def _metadata(source: Source) -> dict[tuple[str, int], File]:
     except SourceError:
         return {}
     return {
-        place: replace(file, name=f"../metadata/{file.name}")
-        for place, file in _numbered(beside, _METADATA).items()
+        place: [replace(file, name=f"../metadata/{file.name}") for file in files]
+        for place, files in _numbered(beside, _METADATA).items()
     }
 
 

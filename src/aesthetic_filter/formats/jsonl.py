@@ -23,9 +23,10 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> N
                 file.write(as_json(dict(zip(batch.schema.names, row, strict=True))) + "\n")
 
 
-def as_json(value: Any) -> str:
-    """A value as JSON, in one line."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, default=str)
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, in one line unless it is to be indented."""
+    plain = _plain(value)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str, indent=indent)
 
 
 def _values(column: pa.Array) -> list[Any]:

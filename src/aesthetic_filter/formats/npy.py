@@ -71,6 +71,8 @@ def row_ids(name: str, start: int, stop: int, total: int) -> pa.Array:
             pa.StringArray.from_buffers(end - start, pa.py_buffer(offsets), pa.py_buffer(text))
         )
         start = end
+    if not pieces:
+        return pa.array([], pa.string())
     return pa.concat_arrays(pieces) if len(pieces) != 1 else pieces[0]
 
 

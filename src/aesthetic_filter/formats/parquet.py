@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aesthetic_filter.errors import ShardError, SourceError
 from aesthetic_filter.formats import BATCH_ROWS, Shard, Wanted
 from aesthetic_filter.formats.npy import row_ids
 from aesthetic_filter.storage import File, Source
-from aesthetic_filter.table import COSINE, EMBEDDING, IMAGE_ID, NORM, SCORE, is_embedding_type
+from aesthetic_filter.table import (
+    COSINE,
+    EMBEDDING,
+    IMAGE_ID,
+    NORM,
+    SCORE,
+    carried_names,
+    is_embedding_type,
+)
 
 DESCRIPTION = ".parquet files with an embedding column"
 PRECEDENCE = 0
@@ -100,17 +107,18 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> N
 def rows_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """A Parquet writer with the encodings that suit scores.
 
-    Ids share prefixes (delta encoding), scores are noise in their low bits (stored plain), the
-    rest repeats (dictionaries).
+    Ids share prefixes (delta encoding), the rest repeats (dictionaries) but for scores, which are
+    noise in their low bits: their bytes are stored in streams, of which the upper ones compress.
     """
-    plain = {IMAGE_ID, SCORE, NORM, COSINE}
+    results = (SCORE, NORM, COSINE)
+    split = [f.name for f in schema if f.name in results and f.type in (pa.float32(), pa.float64())]
     return pq.ParquetWriter(
-        path,
+        path.absolute(),
         schema,
         compression="zstd",
         compression_level=1,
-        use_dictionary=[field.name for field in schema if field.name not in plain],
-        column_encoding={IMAGE_ID: "DELTA_BYTE_ARRAY"},
+        use_dictionary=[f.name for f in schema if f.name not in (IMAGE_ID, *split)],
+        column_encoding={IMAGE_ID: "DELTA_BYTE_ARRAY", **dict.fromkeys(split, "BYTE_STREAM_SPLIT")},
     )
 
 
@@ -122,7 +130,7 @@ def regroup(
     count = 0
     for batch in batches:
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
-        held.append(table.cast(schema))
+        held.append(table if table.schema.equals(schema) else table.cast(schema))
         count += table.num_rows
         while count >= rows:
             together = pa.concat_tables(held)
@@ -176,10 +184,12 @@ class Columns:
     """Which columns of a file describe its rows.
 
     Attributes:
+        file: the file's name.
         image_id: the id column's name, or None where the source has none.
         carried: the names of those carried through.
     """
 
+    file: str
     image_id: str | None
     carried: tuple[str, ...]
 
@@ -193,13 +203,25 @@ class Columns:
 
         A row without an id of its own gets the made-up one; a carried column whose name is taken
         becomes ``source_NAME``.
+
+        Raises:
+            SourceError: the id column is no text, and nothing that could be written as text.
         """
         ids: Any = made_ids
         if self.image_id:
-            ids = pc.coalesce(rows.column(self.image_id).cast(pa.string()), made_ids)
+            from pyarrow import compute  # here, as other formats need not wait for it
+
+            try:
+                given = rows.column(self.image_id).cast(pa.string())
+            except pa.ArrowException as error:
+                raise SourceError(
+                    f"{self.file}: the id column {self.image_id!r} cannot be read as text "
+                    f"({error}); name another with --id-column"
+                ) from None
+            ids = compute.coalesce(given, made_ids)
         table = {IMAGE_ID: ids, EMBEDDING: embeddings}
-        for name in self.carried:
-            table[f"source_{name}" if name in table else name] = rows.column(name)
+        for name, new in carried_names(self.carried, (IMAGE_ID, EMBEDDING)).items():
+            table[new] = rows.column(name)
         return pa.table(table, metadata=rows.schema.metadata)
 
 
@@ -209,23 +231,30 @@ def choose_columns(
     """The id column, and the other columns to carry through.
 
     Raises:
-        SourceError: a column that was asked for is not there.
+        SourceError: a column that was asked for is not there, or there twice.
     """
     if wanted.image_id is not None:
         _check_there(schema, file, wanted.image_id, "--id-column")
     for name in wanted.others or ():
         _check_there(schema, file, name, "--columns")
-    image_id = wanted.image_id or next((name for name in ID_NAMES if name in schema.names), None)
+    texts = {field.name for field in schema if not pa.types.is_nested(field.type)}
+    image_id = wanted.image_id or next((name for name in ID_NAMES if name in texts), None)
     chosen = schema.names if wanted.others is None else wanted.others
     # An id column of another name is carried too, under its own name and with its own type.
     used = {leave_out, IMAGE_ID if image_id == IMAGE_ID else None}
-    return Columns(image_id, tuple(name for name in chosen if name not in used))
+    columns = Columns(file.name, image_id, tuple(name for name in chosen if name not in used))
+    twice = [name for name in columns.names if schema.names.count(name) > 1]
+    if twice:
+        raise SourceError(
+            f"{file.name}: has several columns named {twice[0]!r}; choose others with --columns"
+        )
+    return columns
 
 
 def batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
     """The file's rows in batches, at least one, if an empty one."""
     schema = parquet.schema_arrow
-    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
         yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
     if not parquet.metadata.num_rows:
         yield schema.empty_table().select(columns)

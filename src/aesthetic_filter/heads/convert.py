@@ -235,7 +235,7 @@ def _read_pth(path: Path) -> dict[str, NDArray[Any]]:
         # weights_only: nothing in the file is executed, whatever it says.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise HeadError(f"{path}: not a PyTorch state dict that loads safely ({reason})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -177,12 +177,12 @@ class Head:
         measured = kernels.measure(vectors, weight[0], first, reference, threads=threads)
         if self.affine:
             return measured
-        scores = kernels.layered_scores(vectors, measured.norms, self._columns, threads=threads)
+        scores = kernels.layered_scores(vectors, self._columns, threads=threads)
         return Measurement(scores, measured.norms, measured.cosines)
 
     @cached_property
     def _columns(self) -> tuple[tuple[F32, F32], ...]:
-        return tuple((np.ascontiguousarray(w.T), b.copy()) for w, b in self.layers)
+        return tuple((np.array(w.T, order="C"), b.copy()) for w, b in self.layers)
 
     def foreign(self, cosines: F32) -> NDArray[np.bool_]:
         """Which rows, by their reference cosine (N,), are not of this head's space: bool (N,)."""
@@ -234,7 +234,7 @@ def save_head(head: Head, path: Path) -> None:
         **head.provenance,
     }
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(_sorted_header(save(tensors, facts)))
+    beside.write_bytes(sorted_header(save(tensors, facts)))
     beside.replace(path)
 
 
@@ -312,7 +312,7 @@ def _check_layers(name: str, layers: tuple[tuple[F32, F32], ...]) -> None:
         raise HeadError(f"{name}: a head has one output, this network has {width}")
 
 
-def _sorted_header(data: bytes) -> bytes:
+def sorted_header(data: bytes) -> bytes:
     """The same safetensors file with its metadata in alphabetical order: the same bytes each time.
 
     (The library writes the metadata in the order of a hash map, another in each process.)

@@ -6,6 +6,7 @@ score), and the three add up to the input.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +19,18 @@ import pyarrow as pa
 from aesthetic_filter.database import PART, ROW, ROWS, Database, quote, text
 from aesthetic_filter.errors import OutputError, SelectionError
 from aesthetic_filter.formats import find_writer
-from aesthetic_filter.run_folder import RUN_FILE, UNFINISHED, write_json
+from aesthetic_filter.run_folder import UNFINISHED, local_folder, scores_around, write_json
 from aesthetic_filter.selection.rule import Rule
-from aesthetic_filter.table import ERROR, METADATA_KEY, SCORE
+from aesthetic_filter.table import ERROR, METADATA_KEY, SCORE, printable
 
 SELECTION_FILE = "_selection.json"
 DROPPED_BY = "dropped_by"
 
+_FILES = ("kept", "dropped", "failed")
+
 _FATE = "__fate"  # NULL: kept so far; -1: failed; otherwise the number of the rule that dropped it
-_FAILED = f"({ERROR} IS NOT NULL OR {SCORE} IS NULL OR isnan({SCORE}))"
+_FAILED = f"({ERROR} IS NOT NULL OR {SCORE} IS NULL OR NOT isfinite({SCORE}))"
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Selection:
         decided = f"(SELECT *, CASE WHEN {_FAILED} THEN -1 END AS {_FATE} FROM {ROWS})"
         for number, rule in enumerate(self.rules):
             survivors = f"(SELECT * FROM {decided} WHERE {_FATE} IS NULL)"
-            scratch = f"rule{number}_{id(self):x}"
+            scratch = f"rule_{next(_numbers)}"
             found = rule.condition(survivors, self._database, scratch)
             fate = f"CASE WHEN r.{_FATE} IS NULL AND coalesce({found.keep}, false) IS FALSE "
             fate += f"THEN {number} ELSE r.{_FATE} END"
@@ -109,17 +113,20 @@ class Selection:
         groups = {}
         if per is not None:
             groups = {
-                str(name): (rows, kept)
+                "(none)" if name is None else printable(name): (rows, kept)
                 for name, rows, kept in self._database.rows(
-                    f"SELECT {quote(per)} AS g, count(*) AS n, "
-                    f"count(*) FILTER (WHERE {_FATE} IS NULL) "
-                    f"FROM {self._decided} GROUP BY g ORDER BY n DESC, g::VARCHAR LIMIT 20"
+                    f"SELECT {quote(per)}, count(*), count(*) FILTER (WHERE {_FATE} IS NULL) "
+                    f"FROM {self._decided} GROUP BY 1 ORDER BY 2 DESC, {quote(per)}::VARCHAR "
+                    "LIMIT 20"
                 )
             }
+        dropped: dict[str, int] = {}
+        for number, rule in enumerate(self.rules):  # two rules may have the same label
+            dropped[rule.label] = dropped.get(rule.label, 0) + by_fate.get(number, 0)
         return Counts(
             rows=sum(by_fate.values()),
             kept=by_fate.get(None, 0),
-            dropped={rule.label: by_fate.get(n, 0) for n, rule in enumerate(self.rules)},
+            dropped=dropped,
             failed=by_fate.get(-1, 0),
             groups=groups,
         )
@@ -160,23 +167,25 @@ class Selection:
         Raises:
             OutputError: the folder holds something else, or cannot be written.
         """
-        folder = Path(folder).expanduser()
+        folder = local_folder(folder)
         writer = find_writer(as_)
         _check_folder(folder)
+        described = self.describe()
         made = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("kept", *(("dropped", "failed") if with_dropped else ())):
+            for name in _FILES if with_dropped else _FILES[:1]:
                 path = folder / f"{name}{writer.ENDING}"
                 beside = path.with_name(path.name + UNFINISHED)
                 made.append((beside, path))
                 writer.write(beside, self._schema(name), self._database.stream(self._query(name)))
-            stale = {p for p in folder.iterdir() if p.stem in ("kept", "dropped", "failed")}
+            # First what makes the folder ours: killed from here on, the same again mends it.
+            write_json(folder / SELECTION_FILE, described)
             for beside, path in made:
                 beside.replace(path)
-            for old in stale - {path for _, path in made} - {beside for beside, _ in made}:
+            ours = {p for p in folder.iterdir() if p.name.partition(".")[0] in _FILES}
+            for old in ours - {path for _, path in made}:
                 old.unlink()
-            write_json(folder / SELECTION_FILE, self.describe())
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
         finally:
@@ -205,6 +214,7 @@ class Selection:
         if fate == "failed":
             return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} = -1 {order}"
         names = " ".join(f"WHEN {n} THEN {text(rule.label)}" for n, rule in enumerate(self.rules))
+        columns = ", ".join(quote(name) for name in self._database.columns if name != DROPPED_BY)
         return (
             f"SELECT {columns}, CASE {_FATE} {names} END AS {DROPPED_BY} "
             f"FROM {self._decided} WHERE {_FATE} >= 0 {order}"
@@ -237,8 +247,10 @@ def group_expression(per: str | None, database: Database) -> str:
 def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise OutputError(f"{folder}: is a file; give a folder")
-    if (folder / RUN_FILE).exists():
-        raise OutputError(f"{folder}: holds scores; give another folder for what is kept of them")
+    if scores_around(folder):
+        raise OutputError(
+            f"{folder}: lies in a folder of scores; give another for what is kept of them"
+        )
     if folder.is_dir() and not (folder / SELECTION_FILE).exists():
         strangers = [p.name for p in folder.iterdir() if not p.name.endswith(UNFINISHED)]
         if strangers:

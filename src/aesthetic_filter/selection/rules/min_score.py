@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aesthetic_filter.errors import SelectionError
 from aesthetic_filter.selection.rule import Condition, Modifiers, Option
 from aesthetic_filter.selection.values import number
 
@@ -19,12 +21,16 @@ class MinScore:
     score: float
     order: int = 20
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.score):
+            raise SelectionError(f"min-score takes a number, not {self.score}")
+
     @property
     def label(self) -> str:
         return f"min-score {self.score:g}"
 
     def condition(self, rows: str, database: Database, scratch: str) -> Condition:
-        return Condition(f"r.aesthetic_score >= {self.score!r}::FLOAT")
+        return Condition(f"r.aesthetic_score >= {float(self.score)!r}::FLOAT")
 
 
 def _build(text: str, modifiers: Modifiers) -> MinScore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aesthetic_filter.errors import SelectionError
 from aesthetic_filter.selection.rule import Condition, Modifiers, Option
 from aesthetic_filter.selection.values import count
 
@@ -32,6 +33,10 @@ class Sample:
     seed: int = 0
     per: str | None = None
     order: int = 50
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise SelectionError(f"sample takes a whole number of at least 1, not {self.count}")
 
     @property
     def label(self) -> str:

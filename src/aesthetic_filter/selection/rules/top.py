@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from aesthetic_filter.errors import SelectionError
 from aesthetic_filter.selection.rule import Condition, Modifiers, Option
 from aesthetic_filter.selection.values import count, percentage
 
@@ -27,6 +28,16 @@ class Top:
     share: Fraction | None = None
     per: str | None = None
     order: int = 40
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.share is None):
+            raise SelectionError("top takes a count or a share")
+        if self.count is not None and self.count < 1:
+            raise SelectionError(f"top takes a whole number of at least 1, not {self.count}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise SelectionError(
+                f"top takes a share above 0 and up to 1, not {float(self.share):g}"
+            )
 
     @property
     def label(self) -> str:
@@ -55,7 +66,7 @@ class Top:
         database.execute(f"""
             CREATE TEMP TABLE {scratch}_edges AS
             WITH bins AS (
-                SELECT {group} AS g, {bin_of} AS b, count(*) AS n FROM {rows} r GROUP BY g, b
+                SELECT {group} AS g, {bin_of} AS b, count(*) AS n FROM {rows} r GROUP BY 1, 2
             ), quotas AS (
                 SELECT g, b, {quota} - (sum(n) OVER (PARTITION BY g ORDER BY b DESC) - n) AS need
                 FROM bins

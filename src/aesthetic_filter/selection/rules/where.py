@@ -31,14 +31,17 @@ class Where:
 
         expression = parse_condition(self.sql)
         try:
-            described = database.rows(f"DESCRIBE SELECT ({expression}) AS meets FROM {rows} r")
+            kinds = database.rows(f"DESCRIBE SELECT ({expression}) AS meets FROM {rows} r")
+            if [kind for _, kind, *_ in kinds] != ["BOOLEAN"]:
+                raise SelectionError(f"it is of type {kinds[0][1]}, not one true or false")
+            # Try it once: values that it cannot take, and functions of more rows than one (count,
+            # unnest), which have no place in a WHERE, come to light here, not half way.
+            database.row(f"SELECT count(*) FROM {rows} r WHERE ({expression})")
         except SelectionError as error:
-            raise SelectionError(f"--where {self.sql!r} does not fit: {error}") from None
-        kind = described[0][1]
-        if kind != "BOOLEAN":
+            columns = ", ".join(database.columns)
             raise SelectionError(
-                f"--where {self.sql!r} gives a value of type {kind}, not true or false"
-            )
+                f"--where {self.sql!r} does not fit: {error}\nThe columns are: {columns}"
+            ) from None
         return Condition(f"({expression})")
 
 
