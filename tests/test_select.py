@@ -361,7 +361,7 @@ def test_columns_that_differ_only_in_case_keep_their_values(tmp_path: Path) -> N
 
 def test_the_number_of_rows_is_that_of_the_source_for_each_group(simple: af.Scores) -> None:
     counts = simple.select(top=2, per="source").counts
-    assert counts.groups == {"a": (7, 2), "b": (6, 2), "None": (1, 0)}
+    assert counts.groups == {"a": (7, 2), "b": (6, 2), "(none)": (1, 0)}
     shown = str(counts)
     for line in ("rows 14 100.0%", "kept 4 28.6%", "dropped 8 57.1%", "failed 2 14.3%"):
         assert line in " ".join(shown.split())
