@@ -26,6 +26,9 @@ ROWS = "scores"
 PART, ROW = "__part", "__row"
 """Where a row lies: the number of its file, and of the row within it."""
 
+SCORED = f"({ERROR} IS NULL AND {SCORE} IS NOT NULL AND isfinite({SCORE}))"
+"""SQL for whether a row has a score; true or false, never NULL."""
+
 _NUMBERS = ("FLOAT", "DOUBLE", "DECIMAL", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
 BINS = 4096

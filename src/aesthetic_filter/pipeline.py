@@ -227,14 +227,12 @@ class _Job:
 
     def score_shard(self, shard: Shard) -> Part:
         def batches() -> Iterator[tuple[pa.Table, int]]:
-            rows = 0
             tables = self.reader.read(self.source, shard, self.wanted)
             for table in tables if self.source.is_local else prefetch(tables):
                 if self.stop.is_set():
                     raise _StoppedError
                 check_space(self.head, table, shard.name)
                 scored, foreign = score_table(table, self.head, threads=self.threads)
-                rows += table.num_rows
                 self._advance(shard, table.nbytes, scored)
                 yield scored, foreign
 
@@ -315,7 +313,8 @@ def _what_is_left(run: RunFolder, shards: list[Shard]) -> tuple[list[Part], list
         else:
             done.append(part)
     names = {shard.name for shard in shards}
-    parts = [read_part(path) for path in run.parts()] if len(run.parts()) > len(done) else []
+    paths = run.parts()
+    parts = map(read_part, paths) if len(paths) > len(done) else ()
     gone = [part.shard for part in parts if part and part.shard not in names]
     if gone:
         raise OutputError(

@@ -143,7 +143,7 @@ def open_run_folder(
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except (OSError, FileExistsError) as error:
+    except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         try:

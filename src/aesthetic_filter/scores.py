@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aesthetic_filter.database import PART, ROW, ROWS, Database, quote
+from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote
 from aesthetic_filter.errors import OutputError, SelectionError
 from aesthetic_filter.heads.head import FOREIGN_BELOW
 from aesthetic_filter.run_folder import list_parts, read_run_file
@@ -28,8 +28,6 @@ from aesthetic_filter.selection.rules.where import Where
 from aesthetic_filter.table import COSINE, ERROR, METADATA_KEY, NORM, SCORE
 
 PERCENTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
-
-_SCORED = f"{ERROR} IS NULL AND {SCORE} IS NOT NULL AND isfinite({SCORE})"
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,7 @@ class Scores:
         columns = ", ".join(quote(name) for name in self.columns)
         rows = list(
             self._database.stream(
-                f"SELECT {columns} FROM {ROWS} WHERE {_SCORED} "
+                f"SELECT {columns} FROM {ROWS} WHERE {SCORED} "
                 f"ORDER BY {SCORE} {order}, image_id, {PART}, {ROW} LIMIT {int(n)}"
             )
         )
@@ -221,7 +219,7 @@ class Scores:
     def summary(self) -> Summary:
         """Counts, percentiles, what each threshold would keep, failures by reason, provenance."""
         ask = self._database
-        scored_rows = f"(SELECT * FROM {ROWS} WHERE {_SCORED})"
+        scored_rows = f"(SELECT * FROM {ROWS} WHERE {SCORED})"
         has_norms = {NORM, COSINE} <= set(self.columns)
         foreign = f"count(*) FILTER (WHERE {COSINE} < {FOREIGN_BELOW}::FLOAT)" if has_norms else "0"
         scored, mean, lowest, highest, strange = ask.row(
@@ -231,7 +229,7 @@ class Scores:
         failures = dict(
             ask.rows(
                 f"SELECT coalesce({ERROR}, 'no score'), count(*) FROM {ROWS} "
-                f"WHERE NOT coalesce({_SCORED}, false) GROUP BY 1 ORDER BY 2 DESC, 1"
+                f"WHERE NOT {SCORED} GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )
         percentiles = ask.order_statistics(SCORE, PERCENTILES, scored_rows)

@@ -114,7 +114,7 @@ def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 def _fixed(array: pa.FixedSizeListArray) -> tuple[NDArray[Any], dict[int, str]]:
     width = array.type.list_size
     values = array.values.slice(array.offset * width, len(array) * width)
-    return _reshape(array, values, width, {})
+    return _reshape(array, values, width)
 
 
 def _ragged(
@@ -128,7 +128,7 @@ def _ragged(
     fits = present & (lengths == width)
     if len(array) and fits.all():
         values = array.values.slice(offsets[0], len(array) * width)
-        return _reshape(array, values, width, {})
+        return _reshape(array, values, width)
     errors = {
         int(row): f"embedding has {lengths[row]} values, not {width}"
         for row in np.flatnonzero(present & ~fits)
@@ -147,15 +147,14 @@ def _ragged(
     return spread, errors
 
 
-def _reshape(
-    array: pa.Array, values: pa.Array, width: int, errors: dict[int, str]
-) -> tuple[NDArray[Any], dict[int, str]]:
+def _reshape(array: pa.Array, values: pa.Array, width: int) -> tuple[NDArray[Any], dict[int, str]]:
     if not pa.types.is_floating(values.type):
         raise WrongEmbeddingsError(
             f"an embedding column holds lists of floating-point numbers, not {array.type}"
         )
     if not array.null_count and not values.null_count:
-        return values.to_numpy(zero_copy_only=True).reshape(len(array), width), errors
+        return values.to_numpy(zero_copy_only=True).reshape(len(array), width), {}
+    errors: dict[int, str] = {}
     vectors = values.fill_null(0).to_numpy().reshape(len(array), width).copy()
     if values.null_count:
         errors |= {int(row): NULL_VALUES for row in np.flatnonzero(_has_null(values, width))}

@@ -16,12 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from aesthetic_filter.database import PART, ROW, ROWS, Database, quote, text
+from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote, text
 from aesthetic_filter.errors import OutputError, SelectionError
 from aesthetic_filter.formats import find_writer
 from aesthetic_filter.run_folder import UNFINISHED, local_folder, scores_around, write_json
 from aesthetic_filter.selection.rule import Rule
-from aesthetic_filter.table import ERROR, METADATA_KEY, SCORE, printable
+from aesthetic_filter.table import METADATA_KEY, printable
 
 SELECTION_FILE = "_selection.json"
 DROPPED_BY = "dropped_by"
@@ -29,7 +29,6 @@ DROPPED_BY = "dropped_by"
 _FILES = ("kept", "dropped", "failed")
 
 _FATE = "__fate"  # NULL: kept so far; -1: failed; otherwise the number of the rule that dropped it
-_FAILED = f"({ERROR} IS NOT NULL OR {SCORE} IS NULL OR NOT isfinite({SCORE}))"
 _numbers = itertools.count()
 
 
@@ -93,7 +92,7 @@ class Selection:
 
     def _decide(self) -> str:
         """A parenthesised query of all rows with their fate, one rule around the other."""
-        decided = f"(SELECT *, CASE WHEN {_FAILED} THEN -1 END AS {_FATE} FROM {ROWS})"
+        decided = f"(SELECT *, CASE WHEN NOT {SCORED} THEN -1 END AS {_FATE} FROM {ROWS})"
         for number, rule in enumerate(self.rules):
             survivors = f"(SELECT * FROM {decided} WHERE {_FATE} IS NULL)"
             scratch = f"rule_{next(_numbers)}"
