@@ -837,6 +837,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     out = tmp_path / "s"
     with half_way(long_source, out) as first:
         first.send_signal(signal.SIGSTOP)
+        os.waitpid(first.pid, os.WUNTRACED)  # until it stands still: the signal takes a moment
         before = state(out)
         second = cli("score", long_source, "--out", out)
         overwriting = cli("score", long_source, "--out", out, "--overwrite")
