@@ -85,3 +85,12 @@ def make_embeddings() -> Callable[..., NDArray[Any]]:
         return (scale * vectors).astype(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``--model-dir`` with a small encoder of the true architecture, random weights."""
+    from clip_weights import hub_cache, write_clip
+
+    folder = tmp_path_factory.mktemp("models")
+    return hub_cache(folder, write_clip(folder / "small.safetensors"))

@@ -102,7 +102,6 @@ def test_1_a_broken_shard(cli: Run, make_embeddings: Make, tmp_path: Path) -> No
         ("score {source} --out s --head hf://a/b", "hf://ORG/REPO/FILE@REVISION"),
         ("score {source} --out s3://bucket/s", "written to a local folder"),
         ("filter nowhere --out k --top 1", "nowhere: there is nothing there"),
-        ("filter {source} --out k --top 1", "holds no scores"),
         ("filter {scores} --out k", "a selection needs at least one rule"),
         ("filter {scores} --out k --top many", "--top takes a whole number"),
         ("filter {scores} --out k --top 0%", "--top takes a share"),

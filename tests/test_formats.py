@@ -653,17 +653,18 @@ def test_reading_a_format_that_is_not_there_lists_those_that_are(tmp_path: Path)
         find_format(list_source(tmp_path), "webp")
     for name in formats():
         assert name in str(caught.value)
-    assert list(formats()) == ["clip-retrieval", "npy", "parquet"]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").touch()
-    (tmp_path / "photos" / "README").touch()
+    embeddings = {"clip-retrieval", "npy", "parquet", "scores"}
+    assert set(formats()) == {*embeddings, "folder", "parquet-images", "webdataset"}
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    (tmp_path / "notes" / "README").touch()
     with pytest.raises(
-        SourceError, match=r"in 2 file\(s\) \(\.jpg, no ending\); formats: clip-"
+        SourceError, match=r"in 2 file\(s\) \(\.txt, no ending\); formats: clip-"
     ) as e:
-        find_format(list_source(tmp_path / "photos"))
+        find_format(list_source(tmp_path / "notes"))
     for name in formats():
         assert name in str(e.value)
-    with pytest.raises(SourceError, match=r"no embeddings found in .* as parquet"):
+    with pytest.raises(SourceError, match=r"nor embeddings found in .* as parquet"):
         find_format(list_source(tmp_path), "parquet")
 
 

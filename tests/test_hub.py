@@ -1,21 +1,15 @@
 """Heads from the hub: downloaded once, checked, then without a network.
 
-The hub is a small server on loopback. The client reads its address when it is imported, so each
-use is a process of its own, as it is for people.
+The hub is a small server on loopback, and each use is a process of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from hub import Hub, hub_environment, serving
 from safetensors.numpy import save
 
 from aesthetic_filter.heads import bundled_heads
@@ -60,90 +55,20 @@ def checkpoint(layers: Layers) -> bytes:
     return save(tensors)
 
 
-@dataclass
-class Hub:
-    """A server with one file in one repository; it answers what the hub's own client asks."""
-
-    content: bytes
-    requests: list[str] = field(default_factory=list)
-    announced: str = ""  # the ETag; default: the content's true sha256
-    commit: str = COMMIT
-    url: str = ""
-    status: int = 0  # of every answer; default: the right one
-    breaks_off: bool = False  # after half of the content
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if self.status:
-            return self.status, {}, b"no"
-        if not match or match[1] != REPO:
-            return 404, {"X-Error-Code": "RepoNotFound"}, b"Repository not found"
-        if not self.commit.startswith(match[2]) and match[2] != "main":
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b"Invalid rev id"
-        facts = {"X-Repo-Commit": self.commit}
-        if match[3] != FILE:
-            return 404, {**facts, "X-Error-Code": "EntryNotFound"}, b"Entry not found"
-        etag = self.announced or hashlib.sha256(self.content).hexdigest()
-        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(self.content))}
-        return 200, {**facts, **linked, "ETag": f'"{etag}"'}, self.content
-
-
-@contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.give(with_body=False)
-
-        def do_GET(self) -> None:
-            self.give(with_body=True)
-
-        def give(self, *, with_body: bool) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
-            status, headers, body = hub.answer(self.path)
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body[: len(body) // 2] if hub.breaks_off else body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     # A head file, as this project makes them; where it matters, a test puts a raw checkpoint there.
-    with serving(Hub(bundled_heads()["laion-v1"].read_bytes())) as running:
+    content = bundled_heads()["laion-v1"].read_bytes()
+    with serving(Hub({f"{REPO}/{FILE}": content}, COMMIT)) as running:
         yield running
 
 
 @pytest.fixture
 def ask(cli: Run, hub: Hub, tmp_path: Path) -> Run:
     """Run the command line against the loopback hub, with an empty cache of its own."""
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    unset = {"HF_HUB_CACHE": None, "HUGGINGFACE_HUB_CACHE": None, "HF_TOKEN": None}
 
     def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-        home = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            **quiet,
-            **direct,
-            **unset,
-        }
-        return cli(*arguments, env={**home, **env})
+        return cli(*arguments, env=hub_environment(hub, tmp_path / "home", **env))
 
     return run
 
@@ -168,9 +93,7 @@ def test_the_first_use_downloads_and_the_second_asks_nothing(
     hub.content = checkpoint(some_layers(SMALL_WIDTHS))
     first = ask("heads", "show", address(revision))
     assert first.returncode == 0, first.stderr
-    assert [request for request in hub.requests if request.startswith("GET ")] == [
-        f"GET /{REPO}/resolve/{revision}/{FILE}"
-    ]
+    assert hub.downloads == [f"GET /{REPO}/resolve/{revision}/{FILE}"]
     assert hashlib.sha256(hub.content).hexdigest() in first.stdout
     assert "affine (folded), 768 -> 1, 769 numbers" in first.stdout
     hub.requests.clear()
@@ -225,7 +148,7 @@ def test_model_dir_is_where_the_file_is_kept(ask: Run, hub: Hub, tmp_path: Path)
 
 def test_content_that_is_not_what_the_hub_announced_is_refused(ask: Run, hub: Hub) -> None:
     hub.announced = hashlib.sha256(b"what was published").hexdigest()
-    for _ in range(2):  # the second time it lies in the cache, and is no better for it
+    for _ in range(2):  # nothing of the first time is kept that would do for the second
         message = refused(ask("heads", "show", address()), 2)
         assert "its checksum is" in message
         assert f"the hub said {hub.announced[:12]}" in message

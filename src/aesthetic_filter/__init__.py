@@ -1,13 +1,14 @@
 """Find the beautiful images in a collection.
 
-Predict how much people will like each image, from the CLIP ViT-L/14 embeddings somebody already
-computed, then filter, rank or sample by that ``aesthetic_score``::
+Predict how much people will like each image, from the image or from the CLIP ViT-L/14 embedding
+somebody already computed, then filter, rank or sample by that ``aesthetic_score``::
 
     import aesthetic_filter as af
 
     head = af.load_head()                        # the reference head, bundled
     scores = head(embeddings)                    # (N, 768) -> (N,) float32
-    ds = af.score("embeddings/", out="scores/")  # resumable
+    scores = af.ImageScorer()(images)            # paths, bytes, PIL images, arrays -> (N,) float32
+    ds = af.score("photos/", out="scores/")      # resumable; or embeddings, tars, Parquet
     kept = af.open_scores("scores/").select(top_fraction=0.1, per="source")
     print(kept.summary())
     kept.write("kept/")
@@ -18,6 +19,8 @@ Names load when they are first used, so importing the package costs nothing.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aesthetic_filter.clip.options import ImageOptions as ImageOptions
+    from aesthetic_filter.clip.reward import AestheticReward as AestheticReward
     from aesthetic_filter.errors import AestheticFilterError as AestheticFilterError
     from aesthetic_filter.errors import WrongEmbeddingsError as WrongEmbeddingsError
     from aesthetic_filter.heads import Head as Head
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from aesthetic_filter.heads.convert import convert as convert_head
     from aesthetic_filter.pipeline import Progress as Progress
     from aesthetic_filter.pipeline import score as score
+    from aesthetic_filter.scorer import ImageScorer as ImageScorer
+    from aesthetic_filter.scorer import Ranked as Ranked
     from aesthetic_filter.scores import Scores as Scores
     from aesthetic_filter.scores import Summary as Summary
     from aesthetic_filter.scores import open_scores as open_scores
@@ -36,10 +41,14 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "AestheticFilterError": "errors:AestheticFilterError",
+    "AestheticReward": "clip.reward:AestheticReward",
     "WrongEmbeddingsError": "errors:WrongEmbeddingsError",
     "Counts": "selection.engine:Counts",
     "Head": "heads:Head",
+    "ImageOptions": "clip.options:ImageOptions",
+    "ImageScorer": "scorer:ImageScorer",
     "Progress": "pipeline:Progress",
+    "Ranked": "scorer:Ranked",
     "Scores": "scores:Scores",
     "Selection": "selection.engine:Selection",
     "Summary": "scores:Summary",
@@ -52,10 +61,14 @@ _WHERE = {
 
 __all__ = [  # noqa: RUF022  (as in _WHERE)
     "AestheticFilterError",
+    "AestheticReward",
     "WrongEmbeddingsError",
     "Counts",
     "Head",
+    "ImageOptions",
+    "ImageScorer",
     "Progress",
+    "Ranked",
     "Scores",
     "Selection",
     "Summary",

@@ -37,7 +37,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="aesthetic-filter",
-    help="Find the beautiful images in a collection: score, filter and rank CLIP embeddings.",
+    help="Find the beautiful images in a collection: score, filter and rank images or embeddings.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=True,
@@ -49,6 +49,10 @@ heads_app = typer.Typer(
     help="The aesthetic heads: list, show, convert, verify.", no_args_is_help=True
 )
 app.add_typer(heads_app, name="heads")
+models_app = typer.Typer(
+    help="The CLIP encoder's weights, for images: pull, verify.", no_args_is_help=True
+)
+app.add_typer(models_app, name="models")
 
 
 def main() -> None:
@@ -87,6 +91,19 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 ScoresPath = Annotated[Path, typer.Argument(metavar="SCORES", help="A folder made by `score`.")]
+HeadName = Annotated[
+    str | None, typer.Option(help="A bundled head, a file, or hf://ORG/REPO/FILE@REVISION.")
+]
+ModelDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where weights from the hub are kept; default: $AESTHETIC_FILTER_MODEL_DIR, or the "
+        "hub's own cache."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="For images: auto, cpu, cuda (all of them), cuda:1, or mps.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -113,20 +130,19 @@ def score(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="EMBEDDINGS",
-            help="A folder, file, glob or URI of .npy or Parquet CLIP ViT-L/14 embeddings.",
+            metavar="SOURCE",
+            help="A folder, file, glob or URI of images, WebDataset tars, Parquet with images, "
+            "or .npy or Parquet CLIP ViT-L/14 embeddings; or a scores folder made from images.",
         ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="The scores folder.")],
-    head: Annotated[
-        str | None,
-        typer.Option(help="A bundled head, a file, or hf://ORG/REPO/FILE@REVISION."),
-    ] = None,
-    model_dir: Annotated[
-        Path | None, typer.Option(help="Where heads from the hub are kept.")
-    ] = None,
+    head: HeadName = None,
+    model_dir: ModelDir = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="The source's format, if it cannot be told.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="The column of images, or of their paths.")
     ] = None,
     embedding_column: Annotated[
         str | None, typer.Option(help="The embedding column, if it has no usual name.")
@@ -149,11 +165,87 @@ def score(
         bool, typer.Option("--overwrite", help="Replace the scores that lie in --out.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Shards worked on at once; default: the processors.")
+        int | None,
+        typer.Option(
+            min=1, help="Shards worked on at once; default: the processors, for images 2."
+        ),
     ] = None,
+    device: Device = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="For images: auto, float32 (the reference), bfloat16, or float16."),
+    ] = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="The encoder's, if not OpenAI's CLIP ViT-L/14: a .safetensors file, or hf://…"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images embedded at once; default: by the device.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="That decode images; default: the processors.")
+    ] = None,
+    decode: Annotated[
+        str,
+        typer.Option(
+            help="exact: bit for bit CLIP's preprocessing; fast: large JPEGs are downscaled by "
+            "their decoder."
+        ),
+    ] = "exact",
+    ignore_exif: Annotated[
+        bool,
+        typer.Option("--ignore-exif", help="Do not turn photographs upright, as older scripts."),
+    ] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse larger images (decompression bombs).")
+    ] = None,
+    allow_truncated: Annotated[
+        bool, typer.Option("--allow-truncated", help="Score what is there of truncated images.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
 ) -> None:
-    """Score stored embeddings; interrupted, the same command again goes on."""
+    """Score images, or stored embeddings; interrupted, the same command again goes on."""
+    from aesthetic_filter.clip.options import ImageOptions
+
+    images = ImageOptions(
+        device=device,
+        precision=precision,
+        weights=weights,
+        batch_size=batch_size,
+        decode=decode,
+        exif=not ignore_exif,
+        max_pixels=max_pixels,
+        allow_truncated=allow_truncated,
+        threads=threads,
+    )
+    broken = _run_score(
+        source,
+        out,
+        quiet=quiet,
+        head=head,
+        model_dir=model_dir,
+        format=format_,
+        image_column=image_column,
+        embedding_column=embedding_column,
+        id_column=id_column,
+        columns=None if columns is None else columns.split(","),
+        images=images,
+        allow_foreign=allow_foreign,
+        keep_going=keep_going,
+        overwrite=overwrite,
+        workers=workers,
+    )
+    if broken:
+        _fail_for(broken)
+    gc.freeze()  # the process ends here: do not first search its memory for garbage, 0.2 s
+
+
+def _run_score(
+    source: str, out: str, *, quiet: bool, hint: bool = True, **options: Any
+) -> dict[str, str]:
+    """Score with progress and a summary; returns the broken shards and what is wrong with them."""
     from aesthetic_filter.pipeline import score as run
 
     started = time.monotonic()
@@ -165,21 +257,7 @@ def score(
                 last[:] = [progress]
                 show(progress)
 
-            run(
-                source,
-                out,
-                head=head,
-                model_dir=model_dir,
-                format=format_,
-                embedding_column=embedding_column,
-                id_column=id_column,
-                columns=None if columns is None else columns.split(","),
-                allow_foreign=allow_foreign,
-                keep_going=keep_going,
-                overwrite=overwrite,
-                workers=workers,
-                on_progress=on_progress,
-            )
+            run(source, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
         done = (
             f"{last[0].finished:,} of {last[0].shards:,} shards are finished and whole; "
@@ -189,12 +267,18 @@ def score(
         fail(f"interrupted; {done}the same command goes on from there", INTERRUPTED)
     if not quiet:
         print(_score_result(out, last[0] if last else None, time.monotonic() - started))
-    broken = last[0].broken if last else {}
-    if broken:
-        for shard, why in broken.items():
-            print(f"aesthetic-filter: broken shard {shard}: {why}", file=sys.stderr)
-        fail(f"{len(broken):,} shard(s) could not be read; their rows are missing", BROKEN_SHARDS)
-    gc.freeze()  # the process ends here: do not first search its memory for garbage, 0.2 s
+        if hint:
+            print(f"next: aesthetic-filter summary {out}")
+    return last[0].broken if last else {}
+
+
+def _fail_for(broken: dict[str, str]) -> NoReturn:
+    for shard, why in broken.items():
+        print(f"aesthetic-filter: broken shard {shard}: {why}", file=sys.stderr)
+    fail(
+        f"{len(broken):,} shard(s) could not be read, or not to the end; their rows are missing",
+        BROKEN_SHARDS,
+    )
 
 
 def _score_result(out: str, progress: Progress | None, seconds: float) -> str:
@@ -203,7 +287,7 @@ def _score_result(out: str, progress: Progress | None, seconds: float) -> str:
     facts = read_run_file(local_folder(out)) or {}
     whole = facts["shards"] - len(facts["broken_shards"])
     lines = [
-        f"{out}: {facts['rows']:,} rows in {whole:,} shards",
+        f"{out}: {facts['rows']:,} rows in {whole:,} shard{'' if whole == 1 else 's'}",
         f"  scored   {facts['scored']:>14,}",
         f"  failed   {facts['failed']:>14,}",
     ]
@@ -215,15 +299,19 @@ def _score_result(out: str, progress: Progress | None, seconds: float) -> str:
         lines.append("everything was scored already")
     else:
         again = f", {progress.reused:,} shards from before" if progress.reused else ""
-        lines.append(f"{seconds:.1f} s, {progress.rows / seconds:,.0f} rows/s{again}")
-    lines.append(f"next: aesthetic-filter summary {out}")
+        lines.append(f"{seconds:.1f} s, {_rate(progress.rows, seconds)} rows/s{again}")
     return "\n".join(lines)
 
 
 def _filter(
-    scores: ScoresPath,
+    scores: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCORES", help="A folder made by `score`; or a source, which is scored first."
+        ),
+    ],
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the kept rows go.")
+        str, typer.Option("--out", "-o", metavar="FOLDER", help="Where what is kept goes.")
     ],
     per: Annotated[
         str | None,
@@ -231,19 +319,50 @@ def _filter(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
     as_: Annotated[
-        str, typer.Option("--as", help="parquet, csv, jsonl, or ids (text, one a line).")
-    ] = "parquet",
+        str,
+        typer.Option(
+            "--as",
+            help="The rows: index (Parquet), csv, jsonl, ids. The images: webdataset, folder, "
+            "parquet.",
+        ),
+    ] = "index",
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images in a tar or Parquet file.")
+    ] = 10_000,
+    link: Annotated[
+        str | None,
+        typer.Option(help="hard or symlink: link images into the folder, do not copy them."),
+    ] = None,
+    score_in: Annotated[
+        str | None, typer.Option(help="json: put the score into each sample's json too.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Where the images are now, if they were moved.")
+    ] = None,
     with_dropped: Annotated[
         bool,
         typer.Option(
             "--with-dropped", help="Also write the dropped rows, with why, and the failed."
         ),
     ] = False,
+    scores_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--scores",
+            metavar="FOLDER",
+            help="Where the scores of a source that is scored first are kept; default: scores "
+            "beside --out.",
+        ),
+    ] = None,
+    head: HeadName = None,
+    model_dir: ModelDir = None,
+    device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary.")] = False,
     **rules: str | None,
 ) -> None:
-    """Keep rows by rules; rules combine, and nothing is scored again."""
-    from aesthetic_filter.scores import open_scores
+    """Keep rows or images by rules; rules combine, and nothing is scored again."""
+    from aesthetic_filter.scores import is_scores, open_scores
+    from aesthetic_filter.selection.engine import check_selection
 
     modifiers = Modifiers(per=per, seed=seed)
     chosen = [
@@ -253,9 +372,39 @@ def _filter(
     ]
     if per is not None and not any(getattr(rule, "per", None) for rule in chosen):
         raise UsageError("--per goes with --top or --sample")
+    broken: dict[str, str] = {}
+    check_selection(chosen, as_)  # before hours of embedding
+    if not is_scores(scores):
+        from aesthetic_filter.clip.options import ImageOptions
+
+        folder = scores_folder or str(Path(out).expanduser().parent / "scores")
+        broken = _run_score(
+            scores,
+            folder,
+            quiet=quiet,
+            hint=False,
+            head=head,
+            model_dir=model_dir,
+            images=ImageOptions(device=device),
+            keep_going=True,
+        )
+        scores = folder
+    elif scores_folder or head or device != "auto":
+        raise UsageError(
+            f"{scores} is scored already: --scores, --head and --device go with a source that is "
+            "not; to score again with another head, use `aesthetic-filter score`"
+        )
     opened = open_scores(scores)
     selection = opened.select(*chosen)
-    written = selection.write(out, as_=as_, with_dropped=with_dropped)
+    written = selection.write(
+        out,
+        as_=as_,
+        with_dropped=with_dropped,
+        shard_size=shard_size,
+        link=link,
+        score_in=score_in,
+        source=source,
+    )
     if not quiet:
         print(f"{scores}\n{selection.summary()}\nwritten to {written}")
     if selection.counts.kept in (0, selection.counts.rows) and selection.counts.rows:
@@ -265,7 +414,9 @@ def _filter(
             f"`aesthetic-filter summary {scores}` shows what each threshold would keep",
             file=sys.stderr,
         )
-    _warn_if_incomplete(scores)
+    if broken:
+        _fail_for(broken)
+    _warn_if_incomplete(Path(scores))
 
 
 def _with_rule_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -359,9 +510,7 @@ def heads_list() -> None:
 @command(heads_app, "show")
 def heads_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A bundled head, a file, or hf://…")],
-    model_dir: Annotated[
-        Path | None, typer.Option(help="Where heads from the hub are kept.")
-    ] = None,
+    model_dir: ModelDir = None,
 ) -> None:
     """Show what a head is and where its numbers come from."""
     from aesthetic_filter.heads import load_head
@@ -461,16 +610,67 @@ def heads_verify(
         raise typer.Exit(1)
 
 
+@command(models_app, "pull")
+def models_pull(
+    model_dir: ModelDir = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Fetch the CLIP encoder that images are scored with, 1.7 GB; the heads are here already."""
+    from aesthetic_filter.clip.weights import cached_encoder, pull_encoder
+
+    was_here = cached_encoder(model_dir) is not None
+    found = pull_encoder(model_dir=model_dir, quiet=quiet)
+    folder = found.path.parents[2]  # in the layout of the hub's cache
+    print(f"{found.name}: {'was here already' if was_here else 'fetched'}")
+    print(f"  path      {found.path}")
+    print(f"  size      {found.path.stat().st_size:,} bytes")
+    print(f"  sha256    {found.sha256}")
+    print(f"  revision  {found.revision}")
+    print("to have it on a machine without a network, copy it with its links, and name the folder:")
+    print(f"  rsync -a {folder} MACHINE:MODELS/      (on this one: cp -a)")
+    print("  aesthetic-filter score PHOTOS --out scores --model-dir MODELS")
+
+
+@command(models_app, "verify")
+def models_verify(model_dir: ModelDir = None) -> None:
+    """Read the whole of the CLIP encoder's weights again, and compare their checksum."""
+    from aesthetic_filter.clip.weights import verify_encoder
+
+    found = verify_encoder(model_dir=model_dir)
+    print(f"{found.name:<32}ok  sha256 {found.sha256}")
+
+
 @contextmanager
 def show_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """A progress bar on a terminal, a plain line now and then elsewhere, or nothing."""
     if quiet:
-        yield lambda _: None
+        yield _with_notes(lambda _: None)
     elif sys.stderr.isatty():
         with _bar() as show:
             yield show
     else:
-        yield _Lines()
+        yield _with_notes(_Lines())
+
+
+def _with_notes(
+    show: Callable[[Progress], None], say: Callable[[str], None] | None = None
+) -> Callable[[Progress], None]:
+    """Also print what else a person should know, each line once."""
+    said = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal said
+        for note in progress.notes[said:]:
+            (say or (lambda line: print(line, file=sys.stderr)))(f"aesthetic-filter: {note}")
+        said = len(progress.notes)
+        show(progress)
+
+    return report
+
+
+def _rate(rows: int, seconds: float) -> str:
+    rate = rows / max(seconds, 1e-3)
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 class _Lines:
@@ -491,7 +691,7 @@ class _Lines:
         left = f", about {elapsed / share - elapsed:,.0f} s left" if share > 0.01 else ""
         print(
             f"{progress.finished:,} of {progress.shards:,} shards, {progress.rows:,} rows, "
-            f"{progress.rows / elapsed:,.0f} rows/s{left}",
+            f"{_rate(progress.rows, elapsed)} rows/s{left}",
             file=sys.stderr,
             flush=True,
         )
@@ -510,22 +710,25 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(),
     )
     started, shown = time.monotonic(), 0.0
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, shards="", rows="")
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None, shards="", rows="")
 
-        def show(progress: Progress) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown < 0.1:
-                return
-            shown = now
-            rate = progress.rows / max(now - started, 1e-3)
-            bar.update(
-                task,
-                total=progress.total_bytes,
-                completed=progress.bytes,
-                shards=f"{progress.finished:,}/{progress.shards:,} shards",
-                rows=f"{progress.rows:,} rows, {rate:,.0f}/s",
-            )
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < 0.1:
+            return
+        shown = now
+        bar.start()  # not before there is something to show: a download has a bar of its own
+        bar.update(
+            task,
+            total=progress.total_bytes,
+            completed=progress.bytes,
+            shards=f"{progress.finished:,}/{progress.shards:,} shards",
+            rows=f"{progress.rows:,} rows, {_rate(progress.rows, now - started)}/s",
+        )
 
-        yield show
+    try:
+        yield _with_notes(show, lambda line: bar.console.print(line, markup=False))
+    finally:
+        bar.stop()

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from aesthetic_filter.errors import AestheticFilterError, OutputError, SelectionError
-from aesthetic_filter.table import ERROR, IMAGE_ID, SCORE
+from aesthetic_filter.table import EMBEDDING, ERROR, IMAGE_ID, SCORE
 
 ROWS = "scores"
 """The view of all rows: the files' columns, and :data:`PART` and :data:`ROW`."""
@@ -52,6 +52,7 @@ class Database:
                 "preserve_insertion_order": False,
             }
         )
+        self.files = tuple(files)
         self._close = weakref.finalize(self, _close, self._connection, self._spill)
         names = [str(file.absolute()) for file in files]
         self.columns = self._open_view(names)
@@ -74,7 +75,8 @@ class Database:
             raise OutputError(f"{names[0]}: its {SCORE} is {there[SCORE]}, not a number")
         score = SCORE if there[SCORE] in ("FLOAT", "DOUBLE") else f"{SCORE}::DOUBLE AS {SCORE}"
         why = ERROR if ERROR in there else f"NULL::VARCHAR AS {ERROR}"
-        rest = [name for name in there if name not in (IMAGE_ID, SCORE, ERROR)]
+        # Embeddings are a thousand times as large as all else, and stay where they are.
+        rest = [name for name in there if name not in (IMAGE_ID, SCORE, ERROR, EMBEDDING)]
         columns = ", ".join([f"{IMAGE_ID}::VARCHAR AS {IMAGE_ID}", score, why, *map(quote, rest)])
         execute(
             f"CREATE VIEW {ROWS} AS "

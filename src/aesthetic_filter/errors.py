@@ -4,6 +4,8 @@
 
     AestheticFilterError                exit 1   something went wrong while running
     ├── ShardError                      exit 1   a shard is missing, cut short or unreadable
+    │   └── CutShortError                        it ends too early; what came before was read
+    ├── ImageError                      exit 1   an image cannot be decoded
     ├── DownloadError                   exit 1   the hub did not give the file
     ├── UsageError                      exit 2   the request cannot be carried out as it was made
     │   ├── SourceError                          nothing there, or not a format known here
@@ -11,6 +13,7 @@
     │   ├── SelectionError                       a rule or a condition that makes no sense
     │   ├── HeadError                            not a head, or one that does not fit
     │   │   └── ChecksumError                    the file is not the one that was published
+    │   ├── WeightsError                         not the vision tower of CLIP ViT-L/14
     │   └── MissingExtraError                    an optional dependency is not installed
     └── WrongEmbeddingsError            exit 4   the input is not what the head was trained on
         ├── WidthError                           vectors of another width
@@ -47,6 +50,14 @@ class ShardError(AestheticFilterError):
         self.reason = reason
 
 
+class CutShortError(ShardError):
+    """A shard ends too early; the rows before that were read and are good."""
+
+
+class ImageError(AestheticFilterError):
+    """An image cannot be decoded; the message is the same for the same kind of fault."""
+
+
 class DownloadError(AestheticFilterError):
     """A file could not be fetched from the hub and is not in its cache."""
 
@@ -75,6 +86,10 @@ class HeadError(UsageError):
 
 class ChecksumError(HeadError):
     """A file whose sha256 is not the one that was published for it."""
+
+
+class WeightsError(UsageError):
+    """A file that does not hold the vision tower of CLIP ViT-L/14, or holds it damaged."""
 
 
 class MissingExtraError(UsageError):

@@ -20,7 +20,7 @@ from aesthetic_filter.errors import (
     SpaceError,
     WrongEmbeddingsError,
 )
-from aesthetic_filter.formats import Format, Shard, Wanted
+from aesthetic_filter.formats import EmbeddingFormat, Shard, Wanted
 from aesthetic_filter.heads.head import FOREIGN_BELOW, Head, wrong_width
 from aesthetic_filter.storage import Source
 from aesthetic_filter.table import EMBEDDING, METADATA_KEY, column_vectors
@@ -31,7 +31,7 @@ SAMPLED_ROWS = 64
 
 def check_source(
     head: Head,
-    reader: Format,
+    reader: EmbeddingFormat,
     source: Source,
     shards: Sequence[Shard],
     wanted: Wanted,

@@ -14,17 +14,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aesthetic_filter.errors import AestheticFilterError, OutputError
-from aesthetic_filter.formats.parquet import regroup, rows_writer
+from aesthetic_filter.errors import AestheticFilterError, CutShortError, OutputError
+from aesthetic_filter.formats.parquet import GROUP_ROWS, regroup, rows_writer
+from aesthetic_filter.journal import Journal
 from aesthetic_filter.storage import natural_order
-from aesthetic_filter.table import METADATA_KEY, SCORE
+from aesthetic_filter.table import EMBEDDING, METADATA_KEY, SCORE
 
 if TYPE_CHECKING:
     from aesthetic_filter.heads import Head
@@ -36,6 +36,10 @@ COUNTS_KEY = b"aesthetic_filter_counts"
 SCHEMA_VERSION = 1
 _LOCK = ".lock"
 UNFINISHED = ".unfinished"
+JOURNAL = ".embedded"
+
+EMBEDDED_GROUP_ROWS = 8_192
+""":data:`GROUP_ROWS` for rows with their embeddings, 1.5 KB each."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Part:
         shard: the shard it was made from.
         version: that shard's version when it was read.
         counts: rows, failed and foreign rows.
+        cut: why there are not more rows, where the shard ends too early; "" where it does not.
     """
 
     path: Path
     shard: str
     version: str
     counts: Mapping[str, int]
+    cut: str = ""
 
 
 class RunFolder:
@@ -66,6 +72,11 @@ class RunFolder:
         """Where a shard's part lies: under the shard's own relative path."""
         return self.path / f"{shard}.parquet"
 
+    def journal(self, shard: str) -> Journal:
+        """What is known of the embeddings of a shard of images: see :mod:`.journal`."""
+        part = self.part_path(shard)
+        return Journal(part.with_name(f"{shard.rpartition('/')[2]}{JOURNAL}"), part)
+
     def finished(self, shard: str, shard_version: str) -> Part | None:
         """The shard's part, if it is there and was made from this version of the shard."""
         part = read_part(self.part_path(shard))
@@ -78,36 +89,69 @@ class RunFolder:
             shard: the shard's name.
             version: its version.
             tables: its rows with their results, each table with how many of its rows look
-                foreign; at least one, if of no rows.
+                foreign; at least one, if of no rows. Where one has columns that those before it
+                had not, the part has them all.
 
         Raises:
             OSError: the part cannot be written.
         """
         final = self.part_path(shard)
         final.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = final.with_name(final.name + UNFINISHED)
         counts = {"rows": 0, "failed": 0, "foreign": 0}
+        cut = ""
+        held: pa.Table | None = None
 
         def counted() -> Iterator[pa.Table]:
-            for table, foreign in tables:
-                counts["rows"] += table.num_rows
-                counts["failed"] += table.column(SCORE).null_count
-                counts["foreign"] += foreign
-                yield table
+            nonlocal cut
+            try:
+                for table, foreign in tables:
+                    counts["rows"] += table.num_rows
+                    counts["failed"] += table.column(SCORE).null_count
+                    counts["foreign"] += foreign
+                    yield table
+            except CutShortError as error:
+                if not counts["rows"]:
+                    raise
+                cut = error.reason
+
+        def fitting(schema: pa.Schema) -> Iterator[pa.Table]:
+            nonlocal held
+            while held is not None and set(held.column_names) <= set(schema.names):
+                table, held = held, next(rows, None)
+                yield _fit(table, schema)
+
+        def counts_metadata() -> dict[bytes, str]:
+            return {COUNTS_KEY: json.dumps({**counts, **({"cut": cut} if cut else {})})}
 
         stamp = json.dumps({**self.identity, "shard": shard, "shard_version": version})
         rows = counted()
+        pieces: list[Path] = []
+        held = next(rows, None)
         try:
-            first = next(rows)
-            schema = first.schema.with_metadata({METADATA_KEY: stamp.encode()})
-            with rows_writer(unfinished, schema) as writer:
-                for table in regroup(chain([first], rows), schema):
-                    writer.write_table(table)
-                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts).encode()})
-            unfinished.replace(final)
+            schema = pa.schema([])
+            while held is not None:
+                # A piece ends where a table has a column that none before it had.
+                schema = _with_columns_of(schema, held).with_metadata(
+                    {METADATA_KEY: stamp.encode()}
+                )
+                pieces.append(final.with_name(f"{final.name}.{len(pieces)}{UNFINISHED}"))
+                with rows_writer(pieces[-1], schema) as writer:
+                    for table in regroup(fitting(schema), schema, _group_rows(schema)):
+                        writer.write_table(table)
+                    writer.add_key_value_metadata(counts_metadata())
+            if len(pieces) > 1:
+                pieces.append(final.with_name(final.name + UNFINISHED))
+                with rows_writer(pieces[-1], schema) as writer:
+                    for table in regroup(
+                        _read_back(pieces[:-1], schema), schema, _group_rows(schema)
+                    ):
+                        writer.write_table(table)
+                    writer.add_key_value_metadata(counts_metadata())
+            pieces[-1].replace(final)
         finally:
-            unfinished.unlink(missing_ok=True)
-        return Part(final, shard, version, counts)
+            for path in pieces:
+                path.unlink(missing_ok=True)
+        return Part(final, shard, version, counts, cut)
 
     def parts(self) -> list[Path]:
         """The finished parts, of whichever run."""
@@ -176,8 +220,8 @@ def _claim(path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
                 "give an empty or a new folder as --out"
             )
     elif overwrite:
-        for part in list_parts(path):
-            part.unlink()
+        for old in (*list_parts(path), *path.rglob(f"*{JOURNAL}")):
+            old.unlink()
     else:
         differences = [
             f"{what} {_short(there)} instead of {_short(asked)}"
@@ -200,6 +244,11 @@ def _differences(
     for key in ("schema_version", "source", "format", "columns"):
         if found.get(key) != asked[key]:
             yield key.replace("_", " "), found.get(key), asked[key]
+    for key in ("encoder", "preprocessing"):
+        there, wanted = found.get(key) or {}, asked.get(key) or {}
+        for name in sorted({*there, *wanted}):
+            if there.get(name) != wanted.get(name):
+                yield f"{key} {name}", there.get(name), wanted.get(name)
 
 
 def _short(value: object) -> str:
@@ -241,7 +290,38 @@ def read_part(path: Path) -> Part | None:
         return None
     provenance = json.loads(metadata[METADATA_KEY])
     counts = json.loads(metadata[COUNTS_KEY])
-    return Part(path, provenance["shard"], provenance["shard_version"], counts)
+    cut = counts.pop("cut", "")
+    return Part(path, provenance["shard"], provenance["shard_version"], counts, cut)
+
+
+def _with_columns_of(schema: pa.Schema, table: pa.Table) -> pa.Schema:
+    new = [field for field in table.schema if field.name not in schema.names]
+    return pa.schema([*schema, *new])
+
+
+def _fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The same rows with all columns of the schema: nulls where they had none."""
+    if table.schema.names == schema.names:
+        return table
+    columns = [
+        table.column(field.name)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema.names)
+
+
+def _group_rows(schema: pa.Schema) -> int:
+    """Rows in a row group: about as many bytes whether there are embeddings or not."""
+    return EMBEDDED_GROUP_ROWS if EMBEDDING in schema.names else GROUP_ROWS
+
+
+def _read_back(paths: Iterable[Path], schema: pa.Schema) -> Iterator[pa.Table]:
+    for path in paths:
+        with pq.ParquetFile(path.absolute()) as file:
+            for group in range(file.num_row_groups):
+                yield _fit(file.read_row_group(group), schema)
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
@@ -276,9 +356,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def provenance(
-    head: Head, source: str, format_name: str, columns: Mapping[str, Any]
+    head: Head,
+    source: str,
+    format_name: str,
+    columns: Mapping[str, Any],
+    made_from: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What makes a run what it is, as it stands in ``_run.json`` and in every part."""
+    """What makes a run what it is, as it stands in ``_run.json`` and in every part.
+
+    ``made_from`` says of scores that began with images where these are ("images"), and how they
+    were embedded ("encoder", "preprocessing").
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "package": f"aesthetic-filter {version('aesthetic-filter')}",
@@ -287,4 +375,5 @@ def provenance(
         "source": source,
         "format": format_name,
         "columns": dict(columns),
+        **(made_from or {}),
     }

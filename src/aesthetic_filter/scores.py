@@ -17,15 +17,17 @@ import pyarrow.parquet as pq
 from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote
 from aesthetic_filter.errors import OutputError, SelectionError
 from aesthetic_filter.heads.head import FOREIGN_BELOW
-from aesthetic_filter.run_folder import list_parts, read_run_file
-from aesthetic_filter.selection.engine import SELECTION_FILE, Selection
+from aesthetic_filter.run_folder import RUN_FILE, list_parts, read_run_file
+from aesthetic_filter.selection.engine import Selection
+from aesthetic_filter.selection.output import SELECTION_FILE
 from aesthetic_filter.selection.rule import Rule
 from aesthetic_filter.selection.rules.max_score import MaxScore
 from aesthetic_filter.selection.rules.min_score import MinScore
 from aesthetic_filter.selection.rules.sample import Sample
 from aesthetic_filter.selection.rules.top import Top
 from aesthetic_filter.selection.rules.where import Where
-from aesthetic_filter.table import COSINE, ERROR, METADATA_KEY, NORM, SCORE
+from aesthetic_filter.storage import natural_order
+from aesthetic_filter.table import COSINE, EMBEDDING, ERROR, METADATA_KEY, NORM, SCORE
 
 PERCENTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 
@@ -97,8 +99,12 @@ class Summary:
         head, get = self.provenance.get("head", {}), self.provenance.get
         lines += [""]
         lines += [f"head            {head.get('name', 'unknown')} ({head.get('sha256', '')[:12]})"]
+        encoder = get("encoder")
+        if encoder:
+            encoder = f"{encoder['name']}@{encoder['revision'][:7]}, {encoder['precision']}"
         for label, value in (
             ("space", get("space")),
+            ("encoder", encoder),
             ("source", get("source")),
             ("format", get("format")),
             ("made by", get("package")),
@@ -197,8 +203,16 @@ class Scores:
         return Selection(self._database, chosen, self.provenance)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows, in the order of the source, as one table in memory; all columns or some."""
-        tables = [pq.read_table(file.absolute(), columns=columns) for file in self.files]
+        """All rows, in the order of the source, as one table in memory.
+
+        Args:
+            columns: which; default: all but the embeddings.
+        """
+        tables = []
+        for file in self.files:
+            names = pq.read_schema(file.absolute()).names if columns is None else list(columns)
+            wanted = names if columns else [name for name in names if name != EMBEDDING]
+            tables.append(pq.read_table(file.absolute(), columns=wanted))
         return pa.concat_tables(
             [t.replace_schema_metadata(None) for t in tables], promote_options="default"
         )
@@ -275,8 +289,10 @@ def open_scores(path: str | os.PathLike[str]) -> Scores:
     if path.is_file():
         files = [path]
     elif (path / SELECTION_FILE).exists():
-        files = [path / "kept.parquet"]
-        if not files[0].exists():
+        described = json.loads((path / SELECTION_FILE).read_text(encoding="utf-8"))
+        found = path.glob(described.get("index", "kept.parquet"))
+        files = sorted(found, key=lambda file: natural_order(file.name))
+        if not files:
             raise OutputError(f"{path}: its kept rows are not Parquet; open the scores instead")
     elif read_run_file(path) is not None:
         files = list_parts(path)
@@ -289,6 +305,23 @@ def open_scores(path: str | os.PathLike[str]) -> Scores:
     else:
         raise OutputError(f"{path}: there is nothing there")
     return Scores(path, files, _common_provenance(path, files))
+
+
+def is_scores(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`open_scores` should open this, rather than ``score`` score it.
+
+    True too of what is not there: that is the clearer mistake.
+    """
+    text = os.fspath(path)
+    place = Path(text).expanduser()
+    if place.is_dir():
+        return (place / SELECTION_FILE).exists() or (place / RUN_FILE).exists()
+    if place.is_file():
+        try:
+            return SCORE in pq.read_schema(place.absolute()).names
+        except (pa.ArrowException, OSError):
+            return False
+    return "://" not in text and not set("*?[{") & set(text)
 
 
 def threshold_steps(low: float, high: float) -> list[float]:

@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from aesthetic_filter.errors import WrongEmbeddingsError
 
 IMAGE_ID = "image_id"
+IMAGE_PATH = "image_path"
+IMAGE = "image"
+WIDTH = "width"
+HEIGHT = "height"
+SHA256 = "image_sha256"
 EMBEDDING = "embedding"
 SCORE = "aesthetic_score"
 ERROR = "error"
@@ -28,6 +33,9 @@ RESULT_COLUMNS = {
 
 A source's own column of one of these names becomes ``source_NAME``.
 """
+
+IMAGE_COLUMNS = (IMAGE_ID, IMAGE_PATH, IMAGE, WIDTH, HEIGHT, SHA256, EMBEDDING, *RESULT_COLUMNS)
+"""The names that a source of images can't use for columns of its own."""
 
 METADATA_KEY = b"aesthetic_filter"
 """The key, in a file's schema metadata, under which its provenance lies as JSON."""

@@ -20,6 +20,7 @@ from aesthetic_filter.table import vectors_column
 
 DESCRIPTION = "img_emb/img_emb_0.npy beside metadata/metadata_0.parquet"
 PRECEDENCE = 1
+GIVES = "embedding"
 
 _VECTORS = re.compile(r"(?:(?P<folder>.*)/)?img_emb_(?P<number>\d+)\.npy")
 _METADATA = re.compile(r"(?:(?P<folder>.*)/)?metadata_(?P<number>\d+)\.parquet")

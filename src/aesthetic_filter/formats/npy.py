@@ -22,6 +22,7 @@ from aesthetic_filter.table import EMBEDDING, IMAGE_ID, vectors_column
 
 DESCRIPTION = ".npy files"
 PRECEDENCE = 0
+GIVES = "embedding"
 
 
 def matches(source: Source) -> bool:

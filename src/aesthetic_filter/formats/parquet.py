@@ -18,15 +18,20 @@ from aesthetic_filter.storage import File, Source
 from aesthetic_filter.table import (
     COSINE,
     EMBEDDING,
+    IMAGE,
     IMAGE_ID,
+    IMAGE_PATH,
     NORM,
+    RESULT_COLUMNS,
     SCORE,
+    SHA256,
     carried_names,
     is_embedding_type,
 )
 
 DESCRIPTION = ".parquet files with an embedding column"
 PRECEDENCE = 0
+GIVES = "embedding"
 
 ENDING = ".parquet"
 GROUP_ROWS = 131_072
@@ -107,18 +112,23 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> N
 def rows_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """A Parquet writer with the encodings that suit scores.
 
-    Ids share prefixes (delta encoding), the rest repeats (dictionaries) but for scores, which are
-    noise in their low bits: their bytes are stored in streams, of which the upper ones compress.
+    Ids share prefixes (delta encoding), the rest repeats (dictionaries) but for what is different
+    in every row, and for scores, which are noise in their low bits: their bytes are stored in
+    streams, of which the upper ones compress.
     """
     results = (SCORE, NORM, COSINE)
+    unique = (IMAGE_ID, IMAGE_PATH, SHA256, EMBEDDING, IMAGE)
     split = [f.name for f in schema if f.name in results and f.type in (pa.float32(), pa.float64())]
     return pq.ParquetWriter(
         path.absolute(),
         schema,
         compression="zstd",
         compression_level=1,
-        use_dictionary=[f.name for f in schema if f.name not in (IMAGE_ID, *split)],
-        column_encoding={IMAGE_ID: "DELTA_BYTE_ARRAY", **dict.fromkeys(split, "BYTE_STREAM_SPLIT")},
+        use_dictionary=[f.name for f in schema if f.name not in (*unique, *split)],
+        column_encoding={
+            **{f.name: "DELTA_BYTE_ARRAY" for f in schema if f.name in (IMAGE_ID, IMAGE_PATH)},
+            **dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        },
     )
 
 
@@ -220,7 +230,8 @@ class Columns:
                 ) from None
             ids = compute.coalesce(given, made_ids)
         table = {IMAGE_ID: ids, EMBEDDING: embeddings}
-        for name, new in carried_names(self.carried, (IMAGE_ID, EMBEDDING)).items():
+        taken = (IMAGE_ID, EMBEDDING, *RESULT_COLUMNS)
+        for name, new in carried_names(self.carried, taken).items():
             table[new] = rows.column(name)
         return pa.table(table, metadata=rows.schema.metadata)
 

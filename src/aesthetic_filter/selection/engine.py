@@ -18,15 +18,20 @@ import pyarrow as pa
 
 from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote, text
 from aesthetic_filter.errors import OutputError, SelectionError
-from aesthetic_filter.formats import find_writer
-from aesthetic_filter.run_folder import UNFINISHED, local_folder, scores_around, write_json
+from aesthetic_filter.formats import (
+    ImageOutput,
+    ImageWriter,
+    Writer,
+    find_writer,
+    image_writers,
+)
+from aesthetic_filter.run_folder import local_folder
+from aesthetic_filter.selection.images import kept_images
+from aesthetic_filter.selection.output import ROW_FILES, replaced
 from aesthetic_filter.selection.rule import Rule
 from aesthetic_filter.table import METADATA_KEY, printable
 
-SELECTION_FILE = "_selection.json"
 DROPPED_BY = "dropped_by"
-
-_FILES = ("kept", "dropped", "failed")
 
 _FATE = "__fate"  # NULL: kept so far; -1: failed; otherwise the number of the rule that dropped it
 _numbers = itertools.count()
@@ -81,10 +86,7 @@ class Selection:
     def __init__(
         self, database: Database, rules: Sequence[Rule], provenance: Mapping[str, Any]
     ) -> None:
-        if not rules:
-            raise SelectionError(
-                "a selection needs at least one rule, such as --min-score 5.5 or --top 10%"
-            )
+        check_selection(rules)
         self.rules = tuple(sorted(rules, key=lambda rule: rule.order))
         self._database = database
         self._provenance = provenance
@@ -148,49 +150,67 @@ class Selection:
         self,
         folder: str | Path,
         *,
-        as_: str = "parquet",
+        as_: str = "index",
         with_dropped: bool = False,
+        shard_size: int = 10_000,
+        link: str | None = None,
+        score_in: str | None = None,
+        source: str | None = None,
     ) -> Path:
-        """Write the kept rows as ``kept.*``, in the order of the source.
+        """Write what was kept, in the order of the source.
 
         Args:
             folder: where to; made if it is not there. A selection written there before is
                 replaced whole.
-            as_: parquet, csv, jsonl, or ids (text, one id a line).
-            with_dropped: also write ``dropped.*``, with the rule that dropped each row, and
-                ``failed.*``.
+            as_: the rows as index (``kept.parquet``), csv, jsonl, or ids (text, one id a line);
+                the images, where the scores were made from images, as webdataset, folder, or
+                parquet.
+            with_dropped: also write the dropped rows, with the rule that dropped each, and the
+                failed.
+            shard_size: images in a tar or Parquet file.
+            link: "hard" or "symlink": link the images into a folder instead of copying them.
+            score_in: "json": also put the score into each sample's json.
+            source: where the images are now, if they have been moved.
 
         Returns:
-            The path of the kept rows.
+            The path of the kept rows, or the folder of the images.
 
         Raises:
             OutputError: the folder holds something else, or cannot be written.
+            ShardError: an image is gone, or has changed since it was scored.
         """
         folder = local_folder(folder)
+        options = ImageOutput(shard_size, link, score_in)
+        image_writer = image_writers().get(as_)
+        if image_writer and ("images" in self._provenance or as_ != "parquet"):
+            _check_options(options, as_, image_writer.IMAGE_OPTIONS)
+            self._write_images(folder, image_writer, options, with_dropped, source)
+            return folder
+        _check_options(options, as_, ())
         writer = find_writer(as_)
-        _check_folder(folder)
-        described = self.describe()
-        made = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in _FILES if with_dropped else _FILES[:1]:
-                path = folder / f"{name}{writer.ENDING}"
-                beside = path.with_name(path.name + UNFINISHED)
-                made.append((beside, path))
-                writer.write(beside, self._schema(name), self._database.stream(self._query(name)))
-            # First what makes the folder ours: killed from here on, the same again mends it.
-            write_json(folder / SELECTION_FILE, described)
-            for beside, path in made:
-                beside.replace(path)
-            ours = {p for p in folder.iterdir() if p.name.partition(".")[0] in _FILES}
-            for old in ours - {path for _, path in made}:
-                old.unlink()
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
-        finally:
-            for beside, _ in made:
-                beside.unlink(missing_ok=True)
-        return made[0][1]
+        with replaced(folder, self.describe) as staging:
+            for name in ROW_FILES if with_dropped else ROW_FILES[:1]:
+                self._write_rows(staging / f"{name}{writer.ENDING}", name, writer)
+        return folder / f"{ROW_FILES[0]}{writer.ENDING}"
+
+    def _write_images(
+        self,
+        folder: Path,
+        writer: ImageWriter,
+        options: ImageOutput,
+        with_dropped: bool,
+        source: str | None,
+    ) -> None:
+        with replaced(folder, lambda: {**self.describe(), "index": writer.INDEX}) as staging:
+            batches = self._database.stream(self._query("kept", places=True))
+            images = kept_images(batches, self._database.files, self._provenance, source)
+            writer.write_images(staging, images, self._schema("kept"), options)
+            for name in ROW_FILES[1:] if with_dropped else ():
+                index = find_writer("index")
+                self._write_rows(staging / f"_{name}{index.ENDING}", name, index)
+
+    def _write_rows(self, path: Path, fate: str, writer: Writer) -> None:
+        writer.write(path, self._schema(fate), self._database.stream(self._query(fate)))
 
     def describe(self) -> dict[str, Any]:
         """The selection as plain data: its rules, its counts, and where the scores come from."""
@@ -205,9 +225,10 @@ class Selection:
             "scores": dict(self._provenance),
         }
 
-    def _query(self, fate: str) -> str:
+    def _query(self, fate: str, *, places: bool = False) -> str:
         order = f"ORDER BY {PART}, {ROW}"
         columns = ", ".join(quote(name) for name in self._database.columns)
+        columns += f", {PART}, {ROW}" if places else ""
         if fate == "kept":
             return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} IS NULL {order}"
         if fate == "failed":
@@ -243,17 +264,33 @@ def group_expression(per: str | None, database: Database) -> str:
     return f"r.{quote(per)}"
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise OutputError(f"{folder}: is a file; give a folder")
-    if scores_around(folder):
-        raise OutputError(
-            f"{folder}: lies in a folder of scores; give another for what is kept of them"
+def check_selection(rules: Sequence[Rule], as_: str = "index") -> None:
+    """Refuse what could never be carried out, whatever the scores.
+
+    Raises:
+        SelectionError: there is no rule.
+        OutputError: nothing is written like that.
+    """
+    if not rules:
+        raise SelectionError(
+            "a selection needs at least one rule, such as --min-score 5.5 or --top 10%"
         )
-    if folder.is_dir() and not (folder / SELECTION_FILE).exists():
-        strangers = [p.name for p in folder.iterdir() if not p.name.endswith(UNFINISHED)]
-        if strangers:
-            raise OutputError(
-                f"{folder}: holds other files ({', '.join(sorted(strangers)[:3])}…); "
-                "give an empty or a new folder"
-            )
+    if as_ not in image_writers():
+        find_writer(as_)
+
+
+def _check_options(options: ImageOutput, as_: str, heeded: Sequence[str]) -> None:
+    """Refuse an option that the way of writing does not heed.
+
+    Raises:
+        OutputError: there is one.
+    """
+    if options.link not in (None, "hard", "symlink"):
+        raise OutputError(f"--link is hard or symlink, not {options.link!r}")
+    if options.score_in not in (None, "json"):
+        raise OutputError(f"--score-in is json, not {options.score_in!r}")
+    if options.shard_size < 1:
+        raise OutputError(f"--shard-size is 1 or more, not {options.shard_size}")
+    for name, value in vars(options).items():
+        if value != getattr(ImageOutput(), name) and name not in heeded:
+            raise OutputError(f"--{name.replace('_', '-')} means nothing --as {as_}")
