@@ -6,7 +6,7 @@ CORE   := $(VENV)/.core
 DEV    := $(VENV)/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format bench heads clean
+.PHONY: demo test lint format bench bench-images heads clean
 .DEFAULT_GOAL := test
 
 $(CORE): pyproject.toml constraints.txt
@@ -41,9 +41,12 @@ format: $(DEV)      ## rewrite the code in the house format
 bench: $(DEV)       ## speed, side by side, on this machine: a table, and bench.json
 	@$(BIN)/python benchmarks/bench.py --json bench.json
 
+bench-images: $(DEV)  ## speed of embedding images on this machine: a table, and bench-images.json
+	@$(BIN)/python benchmarks/bench_images.py --json bench-images.json
+
 heads: $(DEV)       ## fold the bundled heads again from their published checkpoints
 	@$(BIN)/python scripts/build_heads.py $(CHECKPOINTS)
 
 clean:              ## remove everything the other targets made
-	@rm -rf $(VENV) demo bench.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) demo bench.json bench-images.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,9 +4,9 @@
     python benchmarks/bench_tower.py --quick    a tiny tower: does it run?
     python benchmarks/bench_tower.py --batches  images/s by batch size, which CPU_BATCH rests on
 
-Rivals take turns, round by round, so that a noisy moment hits all of them; figures are the medians of
-the rounds. The share is what the tower reaches of the rate of matrix products alone, round by round:
-all its arithmetic, counted from the shapes, over all its time.
+Rivals take turns, round by round, so that a noisy moment hits all of them; figures are the medians
+of the rounds. The share is what the tower reaches of the rate of matrix products alone, round by
+round: all its arithmetic, counted from the shapes, over all its time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from clip_weights import FULL, write_clip
-
 from aesthetic_filter.clip.tower import (
     CPU_BATCH,
     DTYPES,
@@ -38,6 +36,7 @@ from aesthetic_filter.clip.tower import (
     choose_precision,
     load_tower,
 )
+from clip_weights import FULL, write_clip
 
 TINY: dict[str, Any] = {"layers": 2, "width": 128, "mlp": 512}
 
@@ -142,7 +141,7 @@ def by_batch(quick: bool) -> None:
 
 
 def flops(*, layers: int, width: int, mlp: int) -> float:
-    """Multiplications and additions that the tower does for one image, the last block's few rows."""
+    """Multiplications and additions for one image, in the last block only those really done."""
 
     def block(rows: int) -> float:
         """``rows`` ask, all positions answer."""

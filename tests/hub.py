@@ -33,8 +33,11 @@ class Hub:
         breaks_at: where the next downloads break off, in bytes sent; each is used once.
         stalls_at: after how many bytes a download stands still, until ``go_on`` is set.
         ranges: whether it answers requests for a part of a file.
+        elsewhere: whether it sends the client to another server for the content, as the hub does.
+        headers: more of them, with every file.
         requests: what it was asked: the method, the path, and the range if one was asked for.
         sent: for each download, from where to where bytes were sent.
+        tokens: the hosts that were given a token.
         url: its address.
     """
 
@@ -47,8 +50,11 @@ class Hub:
     stalls_at: int | None = None
     go_on: threading.Event = field(default_factory=threading.Event)
     ranges: bool = True
+    elsewhere: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     sent: list[tuple[int, int]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
     url: str = ""
 
     @property
@@ -66,9 +72,11 @@ class Hub:
         return [request for request in self.requests if request.startswith("GET ")]
 
     def answer(self, path: str) -> tuple[int, dict[str, str], Content]:
-        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if self.status:
             return self.status, {}, b"no"
+        if path.startswith("/elsewhere/"):
+            return 200, {}, self.files[path.removeprefix("/elsewhere/")]
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not match or not any(name.startswith(f"{match[1]}/") for name in self.files):
             return 404, {"X-Error-Code": "RepoNotFound"}, b"Repository not found"
         if not self.commit.startswith(match[2]) and match[2] != "main":
@@ -79,7 +87,12 @@ class Hub:
             return 404, {**facts, "X-Error-Code": "EntryNotFound"}, b"Entry not found"
         etag = self.announced or sha256(content)
         linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size(content))}
-        return 200, {**facts, **linked, "ETag": f'"{etag}"'}, content
+        facts = {**facts, **linked, **self.headers}
+        if self.elsewhere:
+            other = self.url.replace("127.0.0.1", "localhost")
+            location = f"{other}/elsewhere/{match[1]}/{match[3]}"
+            return 302, {**facts, "Location": location}, b"Found"
+        return 200, {**facts, "ETag": f'"{etag}"'}, content
 
 
 def size(content: Content) -> int:
@@ -116,6 +129,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def give(self, *, with_body: bool) -> None:
             asked = self.headers.get("Range", "")
             hub.requests.append(f"{self.command} {self.path} {asked}".rstrip())
+            if "Authorization" in self.headers:
+                hub.tokens.add(self.headers["Host"].partition(":")[0])
             status, headers, content = hub.answer(self.path)
             start, end = 0, size(content)
             part = re.fullmatch(r"bytes=(\d+)-", asked)
@@ -182,8 +197,8 @@ def hub_environment(hub: Hub, home: Path, **more: str | None) -> dict[str, str |
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
         "HF_HUB_CACHE": None,
         "HUGGINGFACE_HUB_CACHE": None,
         "HF_TOKEN": None,

@@ -165,7 +165,11 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         ("filenames.py", ()),
         ("journal.py", ("clip", "table")),
         ("embedding.py", ("clip", "journal", "table", "errors")),
-        ("formats/", ("formats", "table", "storage", "prefetch", "filenames", "errors")),
+        ("archive.py", ("formats", "storage", "filenames", "errors")),
+        (
+            "formats/",
+            ("formats", "archive", "table", "storage", "prefetch", "filenames", "errors"),
+        ),
         ("guard.py", ("heads", "formats", "storage", "table", "errors")),
     ],
 )

@@ -152,7 +152,7 @@ def test_3_finished_but_for_broken_shards(cli: Run, make_embeddings: Make, tmp_p
     (tmp_path / "in" / "b.npy").write_bytes(b"no array")
     done = cli("score", "in", "--out", "s", "--keep-going")
     assert done.returncode == 3
-    assert "10 rows in 1 shards" in done.stdout
+    assert "10 rows in 1 shard\n" in done.stdout
     assert "broken shard b.npy: not a .npy file" in done.stderr
     assert "1 shard(s) could not be read" in done.stderr
 

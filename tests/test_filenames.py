@@ -19,33 +19,20 @@ from aesthetic_filter.filenames import (
     safe_path,
 )
 
-many = settings(max_examples=200, deadline=None)
+many = settings(max_examples=100, deadline=None)
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=40)
 nasty_parts = st.sampled_from(
     [
-        "..",
-        ".",
-        "",
-        "C:",
-        "c:x",
-        "a",
-        "a.jpg",
-        "\\",
-        "..\\..",
-        " ",
-        ". .",
-        "...",
-        "~",
-        "\0",
-        "\ud800",
+        *("..", ".", "", "C:", "c:x", "a", "a.jpg", "\\", "..\\..", " ", ". .", "...", "~", "\0"),
+        *("x" * 300, "é" * 200 + ".jpg", "x" * 250 + "." + "y" * 40, "nul", "\n", "-rf"),
+        *("\u2028", "\ud800"),
     ]
-    + ["x" * 300, "é" * 200 + ".jpg", "x" * 250 + "." + "y" * 40, "nul", "\n", "\u2028", "-rf"]
 )
 names = st.one_of(
     any_text,
     st.lists(st.one_of(nasty_parts, any_text), max_size=8).map("/".join),
-    st.lists(nasty_parts, max_size=600).map("/".join),
+    st.lists(nasty_parts, max_size=60).map("/".join),
 )
 ordinary_part = st.from_regex(
     r"[\w(\[][\w ()\[\]!&+,='~@#%^{}$-]{0,30}[\w)](\.[a-z0-9]{1,5})?", fullmatch=True
@@ -181,7 +168,7 @@ def test_given_names_can_all_be_files_of_one_folder(asked: list[str], room: int)
     assert all(safe_path(name, room) == name for name in given_names)
 
 
-def test_a_million_times_the_same_name_is_no_slower() -> None:
+def test_the_same_name_many_times_is_no_slower() -> None:
     names = UniqueNames()
     given_names = [names.take("a.jpg") for _ in range(50_000)]
     assert given_names[-1] == "a-50000.jpg"

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
-from hub import Hub, hub_environment, serving
 from safetensors.numpy import save
 
 from aesthetic_filter.heads import bundled_heads
+from hub import Hub, hub_environment, serving
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

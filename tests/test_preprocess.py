@@ -38,17 +38,23 @@ from aesthetic_filter.errors import ImageError, UsageError
 
 U8 = NDArray[np.uint8]
 TRUNCATED = "image is truncated (--allow-truncated scores what is there)"
+EXACT = Preprocessing()
 UNKNOWN = "not an image that can be decoded"
 
 
 def plain(image: Image.Image) -> U8:
-    """OpenAI's recipe, as torchvision carries it out with Pillow."""
+    """OpenAI's recipe, as torchvision carries it out with Pillow.
+
+    Along the rows first: so did every Pillow before 13, in one call too; Pillow 13 in one call
+    takes the columns of tall images first.
+    """
     image = image.convert("RGB")
     width, height = image.size
     if width <= height:
         new_width, new_height = 224, int(224 * height / width)
     else:
         new_width, new_height = int(224 * width / height), 224
+    image = image.resize((new_width, height), Image.Resampling.BICUBIC)
     image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     top = int(round((new_height - 224) / 2.0))  # noqa: RUF046 - as torchvision writes it
     left = int(round((new_width - 224) / 2.0))  # noqa: RUF046
@@ -186,14 +192,13 @@ def test_one_bit_is_black_or_white_without_dithering() -> None:
     assert np.array_equal(found.values, plain(Image.fromarray(grey)))
 
 
-def test_sixteen_bits_are_what_pillow_makes_of_them() -> None:
-    deep = np.random.default_rng(0).integers(0, 65536, (240, 250)).astype(np.uint16)
+def test_sixteen_bits_of_grey_are_clipped_as_pillow_does() -> None:
+    deep = np.random.default_rng(0).integers(0, 400, (240, 250)).astype(np.uint16)
+    clipped = deep.clip(0, 255).astype(np.uint8)[:, :, None].repeat(3, axis=2)
     for kind in ("PNG", "TIFF"):
         data = encoded(Image.fromarray(deep), kind)
         assert opened(data).mode == "I;16"
-        # The upper of the two bytes.
-        upper = (deep >> 8).astype(np.uint8)[:, :, None].repeat(3, axis=2)
-        assert np.array_equal(preprocess(data).values, plain(Image.fromarray(upper)))
+        assert np.array_equal(preprocess(data).values, plain(Image.fromarray(clipped)))
 
 
 def test_integers_and_floats_are_clipped() -> None:
@@ -215,14 +220,25 @@ def test_colours_of_sixteen_bits_are_decoded() -> None:
 
 
 def png(size: tuple[int, int], lines: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    return png_of(size, zlib.compress(lines), depth, colour)
+
+
+def png_of(size: tuple[int, int], packed: bytes, depth: int = 8, colour: int = 2) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
     header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def black(side: int) -> bytes:
+    """A square RGBA PNG, some thousand times smaller than its pixels."""
+    packer, line = zlib.compressobj(1), bytes(1 + 4 * side)
+    packed = b"".join([packer.compress(line) for _ in range(side)]) + packer.flush()
+    return png_of((side, side), packed, colour=6)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +438,7 @@ def test_large_images_are_refused_before_they_are_decoded() -> None:
     assert reason(bomb((100_000, 100_000))) == refused
     assert reason(bomb((13_378, 13_378))) == refused
     # One that is just small enough is not refused for its size, nor warned about.
-    assert reason(bomb((13_377, 13_377))).startswith("image cannot be decoded")
+    assert reason(bomb((13_377, 13_377))) == TRUNCATED
     # Other limits, lower and higher than Pillow's own.
     few = Preprocessing(max_pixels=50_000)
     assert (
@@ -431,7 +447,7 @@ def test_large_images_are_refused_before_they_are_decoded() -> None:
     assert reason(noise(300, 240), few) == "image has more than 50,000 pixels (--max-pixels)"
     assert preprocess(encoded(noise(250, 200)), few).width == 250
     many = Preprocessing(max_pixels=400_000_000)
-    assert reason(bomb((14_000, 14_000)), many).startswith("image cannot be decoded")
+    assert reason(bomb((14_000, 14_000)), many) == TRUNCATED
 
 
 def test_images_that_need_too_much_memory_are_refused() -> None:
@@ -440,13 +456,12 @@ def test_images_that_need_too_much_memory_are_refused() -> None:
     assert data[2:4] == b"\xff\x51"
     for place, value in ((8, 10_000), (12, 10_000), (24, 10_000), (28, 10_000)):
         data[place : place + 4] = struct.pack(">I", value)
-    assert opened(bytes(data)).size == (10_000, 10_000)
     assert reason(bytes(data)) == (
         "image needs more than 1.5 GB to decode (a larger --max-pixels allows more)"
     )
 
 
-def reason(image: Any, options: Preprocessing = Preprocessing()) -> str:
+def reason(image: Any, options: Preprocessing = EXACT) -> str:
     with pytest.raises(ImageError) as caught:
         preprocess(image, options)
     return str(caught.value)
@@ -462,11 +477,10 @@ def test_the_same_fault_has_the_same_reason(tmp_path: Path) -> None:
     whole = encoded(noise(300, 240), "JPEG")
     assert reason(whole[: len(whole) // 2]) == TRUNCATED
     assert reason(whole[: len(whole) // 3]) == TRUNCATED
-    assert (
-        reason(png((300, 240), b""))
-        == "image cannot be decoded: "
-        + ("unrecognized data stream contents when reading image file")
-        or TRUNCATED
+    assert reason(png((300, 240), b"")) == TRUNCATED
+    flat = encoded(Image.new("RGB", (300, 240)), "BMP")
+    assert reason(flat[:28] + b"\x37" + flat[29:]) == (
+        "image cannot be decoded: Unsupported BMP pixel depth"
     )
 
 
@@ -514,7 +528,7 @@ def test_truncated_images_are_taken_with_what_is_there(tmp_path: Path) -> None:
 def test_a_file_without_pixels_is_refused_though_truncated_ones_are_allowed() -> None:
     allowed = Preprocessing(allow_truncated=True)
     whole = encoded(noise(300, 240))
-    assert reason(whole[:20], allowed) == UNKNOWN
+    assert reason(whole[:20], allowed) == "image is truncated before its pixels"
     assert reason(b"", allowed) == "image is empty (0 bytes)"
 
 
@@ -584,8 +598,7 @@ def one(job):
     return "ok" if isinstance(found, Pixels) else "UNEXPECTED"
 
 files = [p for f in sys.argv[1:] for p in sorted(pathlib.Path(f).rglob("*")) if p.is_file()]
-options = [Preprocessing(allow_truncated=a, decode=d) for a in (False, True)
-           for d in ("exact", "fast")]
+options = [Preprocessing(), Preprocessing(allow_truncated=True, decode="fast")]
 with ThreadPoolExecutor(4) as pool:
     found = list(pool.map(one, [(p, o) for p in files for o in options]))
 status = pathlib.Path("/proc/self/status")
@@ -599,21 +612,22 @@ print(json.dumps({"found": found, "peak": peak}))
 
 def test_a_hostile_folder_in_four_threads_stays_within_memory(shared: Path, tmp_path: Path) -> None:
     # Large ones that do decode, of formats that take much memory: more than there is for all.
-    black = bytes(1 + 4 * 13_000)
-    for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(png((13_000, 13_000), black * 13_000, colour=6))
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(black(12_000))
     flat = Image.new("RGB", (7000, 7000), (200, 100, 50))
-    for number in range(3):
-        (tmp_path / f"{number}.webp").write_bytes(encoded(flat, "WEBP", method=0))
-    (tmp_path / "progressive.jpg").write_bytes(encoded(flat, "JPEG", progressive=True))
+    webp = encoded(flat, "WEBP", method=0)
+    progressive = encoded(flat, "JPEG", progressive=True, subsampling=0)
+    for number in range(2):
+        (tmp_path / f"{number}.webp").write_bytes(webp)
+        (tmp_path / f"{number}.jpg").write_bytes(progressive)
     folders = [str(shared / "images"), str(tmp_path)]
     program = [sys.executable, "-c", HOSTILE, *folders]
     ran = subprocess.run(program, capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
-    assert len(told["found"]) > 800
+    assert len(told["found"]) > 400
     assert not [outcome for outcome in told["found"] if outcome.startswith("UNEXPECTED")]
-    assert told["found"][-4:] == ["ok"] * 4
+    assert told["found"][-12:] == ["ok"] * 12
     assert told["peak"] < 2e9
     assert "Warning" not in ran.stderr
 
@@ -669,7 +683,7 @@ def test_many_threads_give_what_one_gives(shared: Path) -> None:
                 assert np.array_equal(found.values, alone.values), path
 
 
-def test_warnings_of_pillow_s_stay_unsaid_only_inside(shared: Path) -> None:
+def test_warnings_of_pillow_s_stay_unsaid_only_inside() -> None:
     image = noise(30, 30).quantize(10)
     image.info["transparency"] = bytes(range(10))
     with warnings.catch_warnings():

@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from aesthetic_filter import archive
 from aesthetic_filter.errors import CutShortError, ShardError
 from aesthetic_filter.formats import (
     IMAGE_BYTES,
@@ -34,12 +37,13 @@ from aesthetic_filter.formats import (
     ImageFormat,
     ImageOutput,
     Sample,
+    Shard,
     Wanted,
     find_format,
     image_writers,
     webdataset,
 )
-from aesthetic_filter.storage import Source, list_source
+from aesthetic_filter.storage import File, Source, list_source
 
 several = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -115,7 +119,9 @@ def fetch(location: Any, *rows: Sequence[int]) -> list[Sample]:
 def as_webdataset_reads(*paths: Path) -> list[tuple[str, dict[str, bytes]]]:
     """Keys, and extension to content, as WebDataset itself gives them."""
     urls = [str(path) for path in paths]
-    found = wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files open
+        found = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))
     return [
         (sample["__key__"], {k: v for k, v in sample.items() if not k.startswith("__")})
         for sample in found
@@ -366,7 +372,7 @@ def test_a_sample_of_very_many_images_is_read_piece_by_piece(tmp_path: Path) -> 
     rows = read(tmp_path)
     assert [row["image_id"] for row in rows] == [f"x.tar/{name}" for name, _ in frames]
     assert [row["image"] for row in rows] == [content for _, content in frames]
-    assert rows[0]["txt"] is None
+    assert rows[0].get("txt") is None
     assert rows[-1]["txt"] == "text"
     samples = fetch(tmp_path, [0, 69, 70, len(frames) - 1])
     assert [s.read() for s in samples] == [b"0", b"69", b"70", b"%d" % (len(frames) - 1)]
@@ -405,7 +411,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset, "LARGEST_IMAGE", 1 << 20)
+    monkeypatch.setattr(archive, "LARGEST_IMAGE", 1 << 20)
     large, exact = bytes((1 << 20) + 1), bytes(1 << 20)
     members = [
         ("1.jpg", large),
@@ -516,6 +522,9 @@ LAYOUT = [
 LAID_OUT = pack(LAYOUT)
 
 
+LOCAL = Source("", (), "", fsspec.filesystem("file"))
+
+
 @dataclass(frozen=True)
 class Expected:
     rows: list[tuple[str, bytes | None, str | None]]
@@ -558,8 +567,8 @@ def expect(available: int) -> Expected:
 def check_cut(path: Path, content: bytes, available: int, *, damaged: bool | None = None) -> None:
     """Read an archive of which this many bytes of the tar are available."""
     path.write_bytes(content)
-    source = list_source(path)
-    rows, error = read_until_cut(source, webdataset.shards(source)[0])
+    shard = Shard(path.name, (File(path.name, str(path), len(content), ""),))
+    rows, error = read_until_cut(LOCAL, shard)
     expected = expect(available)
     assert [
         (row["image_id"].replace(path.name, "x"), row["image"], row["error"]) for row in rows
@@ -577,15 +586,18 @@ def check_cut(path: Path, content: bytes, available: int, *, damaged: bool | Non
 
 def test_a_tar_cut_anywhere(tmp_path: Path) -> None:
     assert expect(len(LAID_OUT)) == Expected(expect(10_000).rows, 3, False)
-    ends = sum(512 + -(-len(content) // 512) * 512 for _, content in LAYOUT)
-    places = [*range(0, ends + 515), ends + 1023, ends + 1024, len(LAID_OUT) - 1, len(LAID_OUT)]
-    for place in places:
+    end = sum(512 + -(-len(content) // 512) * 512 for _, content in LAYOUT)
+    borders = [start + more for start in range(0, end + 1025, 512) for more in (-2, -1, 0, 1, 2)]
+    contents_end = [start + size for start in range(512, end, 512) for size in (1, 2, 9, 188)]
+    places = {*borders, *contents_end, *range(0, end, 7), len(LAID_OUT) - 1, len(LAID_OUT)}
+    for place in sorted(place for place in places if place >= 0):
         check_cut(tmp_path / "x.tar", LAID_OUT[:place], place)
 
 
 def test_a_gzipped_tar_cut_anywhere(tmp_path: Path) -> None:
     packed = gzip.compress(LAID_OUT)
-    for place in range(len(packed)):
+    last = len(packed) - 20
+    for place in [*range(20), *range(20, last, 3), *range(last, len(packed))]:
         available = len(zlib.decompressobj(31).decompress(packed[:place]))
         check_cut(tmp_path / "x.tar.gz", packed[:place], available, damaged=True)
     check_cut(tmp_path / "x.tar.gz", packed, len(LAID_OUT))
@@ -595,7 +607,9 @@ def test_a_tar_in_zstandard_cut_anywhere(tmp_path: Path) -> None:
     frames = [zstd(LAID_OUT[start : start + 1024]) for start in range(0, len(LAID_OUT), 1024)]
     packed = b"".join(frames)
     ends = np.cumsum([len(frame) for frame in frames])
-    for place in range(len(packed)):
+    near = {int(end) + more for end in ends for more in (-1, 0, 1)}
+    near = {place for place in near if place < len(packed)}
+    for place in sorted(near.union(range(0, len(packed), 5))):
         available = 1024 * int(np.searchsorted(ends, place, side="right"))
         on_a_border = place in (0, *ends)
         check_cut(tmp_path / "x.tar.zst", packed[:place], available, damaged=not on_a_border)
@@ -646,7 +660,7 @@ def test_a_damaged_header_is_no_end(place: int, tmp_path: Path) -> None:
     [
         (LAID_OUT, "more follows behind its mark of the end"),
         (bytes(50_000) + b"x", "more follows behind its mark of the end"),
-        (bytes(2 << 20), "the last 2,1"),
+        (bytes(2 << 20), "the last 2,0"),
     ],
 )
 def test_what_lies_behind_the_end_is_not_overlooked(
@@ -770,16 +784,14 @@ def test_a_source_need_not_seek(
     assert [s.read() for s in fetch(path, [2, 7])] == [noise(40_000, 2), noise(40_000, 7)]
     monkeypatch.setattr(Source, "open", lambda *_: Stream(content, breaks=200_000))
     source = list_source(path)
-    rows, error = read_until_cut(source, webdataset.shards(source)[0])
+    _, error = read_until_cut(source, webdataset.shards(source)[0])
     assert type(error) is ShardError  # not the archive's fault: it may be whole
     assert str(error) == "x.tar: cannot be read: Connection reset by peer"
     with pytest.raises(ShardError, match="Connection reset by peer"):
         fetch(path, [8])
 
 
-def test_a_store_that_is_not_this_machine(tmp_path: Path) -> None:
-    import fsspec
-
+def test_a_store_that_is_not_this_machine() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/a/00000.tar", pack(TWO))
     try:
@@ -815,7 +827,8 @@ def made(
 ) -> tuple[dict[str, Any], Sample]:
     """A kept row."""
     folder, sidecars = more.get("folder", "00000"), more.get("sidecars", {})
-    row = {"image_id": f"{folder}/{key}", "aesthetic_score": score, "txt": None, "shard": "own"}
+    image_id = f"{folder}/{key}".encode(errors="replace").decode()
+    row = {"image_id": image_id, "aesthetic_score": score, "txt": None, "shard": "own"}
     return row, Sample(folder, key, extension, give(content), sidecars)
 
 
@@ -912,14 +925,12 @@ ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level
          object_store_memory=80_000_000)
 ray.data.DataContext.get_current().enable_progress_bars = False
 logging.getLogger("ray.data").setLevel("ERROR")
-found = ray.data.read_webdataset(sys.argv[1]).take_all()
+found = ray.data.read_webdataset(sys.argv[1], file_extensions=["tar"]).take_all()
 print(json.dumps([[r["__key__"], r["png"].shape, int(r["png"][0, 0, 0]), r["json"], r["txt"]]
                   for r in sorted(found, key=lambda r: r["__key__"])]))
 ray.shutdown()
 """
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "out")]
-    tars = " ".join(str(p) for p in sorted((tmp_path / "out").glob("*.tar")))
-    assert tars
     done = subprocess.run(
         command,
         capture_output=True,
@@ -1082,8 +1093,10 @@ def test_any_key_is_written_and_read_back(names: list[tuple[str, str]], tmp_path
 
 @pytest.mark.parametrize(
     ("kind", "extension"),
-    [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("TIFF", "tif")]
-    + [("BMP", "bmp"), ("JPEG2000", "jp2"), ("ICO", "ico"), ("PPM", "ppm"), ("AVIF", "avif")],
+    [
+        *(("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("TIFF", "tif")),
+        *(("BMP", "bmp"), ("JPEG2000", "jp2"), ("ICO", "ico"), ("PPM", "ppm"), ("AVIF", "avif")),
+    ],
 )
 def test_an_extension_is_found_where_there_is_none(
     kind: str, extension: str, tmp_path: Path
@@ -1121,15 +1134,14 @@ def test_the_score_goes_into_the_json(tmp_path: Path) -> None:
         *(("z", 1), ("caption", "ü"), ("a", [1.5])),
         ("aesthetic_score", 5.5),
     ]
-    assert {n: json.loads(c) for n, c in found.items() if n[0] in "247"} == {
-        **{"2.json": {"aesthetic_score": 6.5}},
-        **{"4.JSON": {"aesthetic_score": 1.5, "k": None}, "7.json": {"aesthetic_score": 8.0}},
-    } | {"2.txt": None} or found["2.txt"] == b"t"
-    for key, kept, score in (
-        ("3", b"[1, 2]", 7.5),
-        ("5", b"{broken", 2.5),
-        ("6", b"[" * 100_000, 3.5),
-    ):
+    assert {n: json.loads(found[n]) for n in ("2.json", "4.JSON", "7.json")} == {
+        "2.json": {"aesthetic_score": 6.5},
+        "4.JSON": {"aesthetic_score": 1.5, "k": None},
+        "7.json": {"aesthetic_score": 8.0},
+    }
+    assert found["2.txt"] == b"t"
+    left = [("3", b"[1, 2]", 7.5), ("5", b"{broken", 2.5), ("6", b"[" * 100_000, 3.5)]
+    for key, kept, score in left:
         assert found[f"{key}.json"] == kept
         assert json.loads(found[f"{key}.aesthetic_score.json"]) == {"aesthetic_score": score}
     assert found["8.json"] == b"{ }"

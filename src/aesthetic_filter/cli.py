@@ -615,7 +615,7 @@ def models_pull(
     model_dir: ModelDir = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Fetch the CLIP encoder that images are scored with, 1.7 GB; the heads are here already."""
+    """Fetch the CLIP encoder, 1.7 GB, which images need; says how to copy it elsewhere."""
     from aesthetic_filter.clip.weights import cached_encoder, pull_encoder
 
     was_here = cached_encoder(model_dir) is not None
@@ -633,7 +633,7 @@ def models_pull(
 
 @command(models_app, "verify")
 def models_verify(model_dir: ModelDir = None) -> None:
-    """Read the whole of the CLIP encoder's weights again, and compare their checksum."""
+    """Read the whole CLIP encoder again and compare its checksum."""
     from aesthetic_filter.clip.weights import verify_encoder
 
     found = verify_encoder(model_dir=model_dir)

@@ -165,3 +165,29 @@ def _with_number(name: str, number: int, room: int = 0) -> str:
 
 def _mark(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def guess_extension(content: bytes) -> str:
+    """The extension for an encoded image, by its first bytes; "img" if they don't tell."""
+    for extension, signature in _SIGNATURES:
+        if re.match(signature, content, re.DOTALL):
+            return extension
+    return "img"
+
+
+_SIGNATURES = (
+    ("jpg", rb"\xff\xd8\xff"),
+    ("png", rb"\x89PNG\r\n\x1a\n"),
+    ("gif", rb"GIF8[79]a"),
+    ("webp", rb"RIFF....WEBP"),
+    ("avif", rb"....ftypavi[fs]"),
+    ("heic", rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)"),
+    ("tif", rb"II[\x2a\x2b]\x00|MM\x00[\x2a\x2b]"),
+    ("jxl", rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
+    ("jp2", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
+    ("bmp", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00"),
+    ("psd", rb"8BPS"),
+    ("qoi", rb"qoif"),
+    ("ppm", rb"P[1-6]\s"),
+    ("ico", rb"\x00\x00\x01\x00"),
+)

@@ -35,9 +35,19 @@ LARGE = 64 << 20
 """Bytes above which a file is not hashed at every use: after a check, a marker says it was good."""
 
 _ENCODER = (ENCODER_REPO, ENCODER_FILE, ENCODER_REVISION)
-_ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)@(?P<revision>[^@/]+)")
+HUB_ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)@(?P<revision>[^@/]+)")
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 """What is the disk's fault, not the network's."""
 
 
@@ -81,7 +91,7 @@ def encoder_weights(
 
     Raises:
         WeightsError: ``weights`` is no such file or address.
-        HeadError: an address whose repository no repository can be named.
+        HeadError: the address names a repository that there cannot be.
         DownloadError: not cached, and the hub cannot be reached or has no such file.
         ChecksumError: the file's content is not what the hub said it would be.
     """
@@ -92,7 +102,7 @@ def encoder_weights(
         return pull_encoder(model_dir=model_dir, quiet=quiet)
     text = str(weights)
     if text.startswith("hf://"):
-        match = _ADDRESS.fullmatch(text)
+        match = HUB_ADDRESS.fullmatch(text)
         if not match:
             raise WeightsError(
                 f"{text}: weights on the hub are hf://ORG/REPO/FILE@REVISION; "
@@ -459,7 +469,8 @@ def _mark(blob: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(".") for line in lines if line), type(error).__name__)
 
 
 def _out_of_reach(repo: str, file: str, revision: str, folder: str | None, error: Exception) -> str:

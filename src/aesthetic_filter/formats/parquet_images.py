@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aesthetic_filter.errors import CutShortError, ImageError, ShardError, SourceError
+from aesthetic_filter.filenames import guess_extension
 from aesthetic_filter.formats import (
     IMAGE_BYTES,
     IMAGE_ROWS,
@@ -343,28 +344,6 @@ def image_column(schema: pa.Schema, file: File, given: str | None) -> ImageColum
     return chosen
 
 
-def image_extension(content: bytes) -> str:
-    """What kind of image these bytes begin: an extension, or ``img``."""
-    kinds = {
-        b"\xff\xd8\xff": "jpg",
-        b"\x89PNG\r\n\x1a\n": "png",
-        b"GIF8": "gif",
-        b"BM": "bmp",
-        b"II*\x00": "tiff",
-        b"MM\x00*": "tiff",
-        b"\x00\x00\x00\x0cjP  ": "jp2",
-        b"\xff\x4f\xff\x51": "jp2",
-    }
-    for magic, extension in kinds.items():
-        if content.startswith(magic):
-            return extension
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    if content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis"):
-        return "avif"
-    return "img"
-
-
 def _has_images(schema: pa.Schema) -> bool:
     """Whether this is a table of images.
 
@@ -564,7 +543,7 @@ def _sample(source: Source, file: File, folder: str, cell: _Cell) -> Sample:
     if not extension.isalnum() or len(extension) > 10:
         key = f"{key}.{extension}" if extension else key
         try:
-            extension = image_extension(read())
+            extension = guess_extension(read())
         except ShardError:
             extension = "img"
     return Sample(folder, key or f"{cell.row:09d}", extension, read, path=path)

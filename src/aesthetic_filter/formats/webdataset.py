@@ -8,28 +8,28 @@ Of the members beside the images, ``txt``, ``text``, ``caption``, ``json`` and `
 
 from __future__ import annotations
 
-import gzip
 import io
-import itertools
 import json
-import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any
 
 import pyarrow as pa
 
+from aesthetic_filter.archive import Archive, Member, is_meta, open_archive
 from aesthetic_filter.errors import CutShortError, ShardError
-from aesthetic_filter.filenames import LONGEST_PART, UniqueNames, is_image, safe_path
+from aesthetic_filter.filenames import (
+    LONGEST_PART,
+    UniqueNames,
+    guess_extension,
+    is_image,
+    safe_path,
+)
 from aesthetic_filter.formats import (
     IMAGE_BYTES,
     IMAGE_ROWS,
-    LARGEST_IMAGE,
     ImageOutput,
     ImageRow,
     Sample,
@@ -65,22 +65,10 @@ MEMBER = "member"
 """The index's columns that say where an image was written."""
 
 NO_IMAGE = "sample holds no image"
-LINK = "is a link within the archive, not an image"
 CUT = "the archive ends in the middle of this file"
 
-_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"__[^/]*__($|/)")
-# Both as webdataset.tariterators has them.
+_HELD_BYTES = 64 << 20  # of a sample's images: one of more is given piece by piece
 
-_HELD_BYTES = 64 << 20
-# Of a sample's images; one of more is given piece by piece.
-
-_LARGEST_HEADER = 16 << 20
-_LONGEST_PADDING = 1 << 20
-# GNU tar pads to 10 KB; no usual blocking factor to more than this.
-
-_BAD_HEADER = "a header is damaged"
-_READ_BYTES = 1 << 16
 _SCORE_JSON = f"{SCORE}.json"
 _INDEX_ROWS = 4096
 
@@ -103,7 +91,7 @@ def read(source: Source, shard: Shard, wanted: Wanted) -> Iterator[pa.Table]:
         CutShortError: it is cut short or damaged, or goes on behind its end.
     """
     columns = [name for name in TEXTS if wanted.others is None or name in wanted.others]
-    with _open(source, shard) as archive:
+    with open_archive(source, shard) as archive:
         rows = _rows(archive, shard.name, source.address(shard.files[0]), columns)
         yield from _tables(rows, carried_names(columns, IMAGE_COLUMNS))
         if archive.damage is not None:
@@ -122,10 +110,10 @@ def fetch(
     folder = _without_ending(shard.name)
     if not missing:
         return
-    with _open(source, shard) as archive:
+    with open_archive(source, shard) as archive:
         first = 0
         for key, members in archive.samples():
-            found: list[tuple[_Member, bytes]] = []
+            found: list[tuple[Member, bytes]] = []
             sidecars: dict[str, bytes] = {}
             too_large = ""
             row = first
@@ -147,8 +135,8 @@ def fetch(
             if not missing:
                 return
             first = max(row, first + 1)
-    gone = f"row {min(missing):,} is not there any more"
-    raise ShardError(shard.name, f"{gone}: {archive.describe_damage()}" if archive.damage is not None else gone)
+    why = "" if archive.damage is None else f": {archive.describe_damage()}"
+    raise ShardError(shard.name, f"row {min(missing):,} is not there any more{why}")
 
 
 def write_images(
@@ -179,303 +167,12 @@ def _is_archive(name: str) -> bool:
 
 
 def _without_ending(name: str) -> str:
-    ending = next((e for e in sorted(ENDINGS, key=len) if name.lower().endswith(e)), "")
-    return name.removesuffix(name[len(name) - len(ending) :])
+    ending = next(ending for ending in ENDINGS if name.lower().endswith(ending))
+    return name[: -len(ending)]
 
 
 def _giver(content: bytes) -> Callable[[], bytes]:
     return lambda: content
-
-
-def _split_name(name: str) -> tuple[str, str] | None:
-    """A member's key and extension; None if it belongs to no sample.
-
-    As WebDataset has it, but for hidden files within folders, such as macOS's ``a/._b.jpg``, which
-    it takes for samples of their own.
-    """
-    match = _KEY.match(name)
-    if match is None or _META.match(name) or name.rpartition("/")[2].startswith("."):
-        return None
-    return match.group(1), match.group(2)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A file of a sample.
-
-    Attributes:
-        problem: why its content is not read; None: it can be.
-        end: the place in the archive at which its content ends.
-    """
-
-    name: str
-    key: str
-    extension: str
-    problem: str | None
-    end: int
-    info: tarfile.TarInfo
-
-    @property
-    def is_image(self) -> bool:
-        return is_image(self.extension)
-
-
-class _DamageError(Exception):
-    """A header that tarfile would take for the archive's end; the message is the reason."""
-
-
-class _Header(tarfile.TarInfo):
-    """Raises :class:`_DamageError` where tarfile is content to find no further member."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
-        try:
-            return cast(_Header, super().fromtarfile(tar))
-        except _END:
-            raise
-        except _CUT as error:
-            raise _DamageError("") from error
-        except tarfile.HeaderError as error:
-            raise _DamageError(_BAD_HEADER) from error
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        header = super().frombuf(buf, encoding, errors)
-        extended = header.type in (*_LONG_NAMES, *_PAX_HEADERS)
-        if header.size < 0 or (extended and header.size > _LARGEST_HEADER):
-            raise _DamageError(_BAD_HEADER)
-        return header
-
-
-_END = tarfile.EOFHeaderError  # type: ignore[attr-defined]  # a block of zeros
-_CUT = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
-_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_PAX_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-
-
-class _Archive:
-    """The members of an archive, as they come; the end of iteration is its end, or ``damage``.
-
-    Attributes:
-        damage: where iteration ended too early: why, or "" where it is just cut off.
-    """
-
-    def __init__(self, content: _Content, name: str) -> None:
-        self.damage: str | None = None
-        self._content, self._name = content, name
-        self._tar: tarfile.TarFile | None = None
-        self._samples = 0
-        self._last: _Member | None = None
-
-    def samples(self) -> Iterator[tuple[str, Iterator[_Member]]]:
-        """Runs of members with one key."""
-        for key, members in itertools.groupby(self._members(), key=attrgetter("key")):
-            self._samples += 1
-            yield key, members
-
-    def read(self, member: _Member) -> bytes | None:
-        """The content of the member that came last, or None if it can't be had."""
-        if member.problem is not None or self._tar is None:
-            return None
-        try:
-            file = self._tar.extractfile(member.info)
-            return file.read() if file is not None else None
-        except ShardError:
-            raise
-        except Exception as error:
-            self.damage = self._reason(error)
-            return None
-
-    def describe_damage(self) -> str:
-        """In one line, with the number of samples that are whole."""
-        last_is_cut = self._last is not None and self._content.given < self._last.end
-        why = f" ({self.damage})" if self.damage else ""
-        return f"cut short after {self._samples - last_is_cut:,} samples{why}"
-
-    def _members(self) -> Iterator[_Member]:
-        while (info := self._next()) is not None:
-            split = _split_name(info.name)
-            if split is None or not (info.isreg() or info.issym() or info.islnk()):
-                continue
-            problem = None
-            if not info.isreg():
-                if not is_image(split[1]):
-                    continue
-                problem = LINK
-            elif info.size > LARGEST_IMAGE:
-                problem = f"file is larger than {LARGEST_IMAGE >> 20} MB"
-            end = info.offset_data + info.size
-            if not info.isreg() or info.issparse():  # its size is not what it takes here
-                end = info.offset_data
-            self._last = _Member(info.name, *split, problem, end, info)
-            yield self._last
-
-    def _next(self) -> tarfile.TarInfo | None:
-        """The next member; None at the end, or where there is damage."""
-        if self.damage is not None:
-            return None
-        try:
-            if self._tar is None:
-                self._tar = tarfile.open(  # noqa: SIM115  # nothing to close: the file is not its own
-                    fileobj=self._content,
-                    mode="r|",
-                    bufsize=_READ_BYTES,
-                    tarinfo=_Header,
-                    encoding="utf-8",
-                    errors="surrogateescape",
-                )
-            info = self._tar.next()
-            self._tar.members = []  # type: ignore[attr-defined]  # it keeps every one otherwise
-            if info is None:
-                self._check_end(self._tar)
-            elif info.size < 0:  # as a PAX header may have it
-                raise _DamageError(_BAD_HEADER)
-            return info
-        except ShardError:
-            raise
-        except Exception as error:  # whatever its parser stumbles over: ValueError, IndexError, ...
-            if self._tar is None:
-                raise ShardError(self._name, self._why_none(error)) from None
-            self.damage = self._reason(error)
-            return None
-
-    def _check_end(self, tar: tarfile.TarFile) -> None:
-        """Read what comes behind the mark of the end: a compressed file's checksum is there."""
-        padding = 0
-        assert tar.fileobj is not None
-        while block := tar.fileobj.read(_READ_BYTES):
-            padding += len(block)
-            if block.count(0) != len(block):
-                raise _DamageError("more follows behind its mark of the end")
-        if self._content.damage is not None:
-            raise _DamageError(self._content.damage)
-        if padding > _LONGEST_PADDING:
-            raise _DamageError(f"the last {padding:,} bytes are zeros")
-
-    def _reason(self, error: Exception) -> str:
-        if self._content.damage is not None:
-            return self._content.damage
-        if isinstance(error, _DamageError):
-            return str(error)
-        at_end = isinstance(error, tarfile.ReadError) and "unexpected end" in str(error)
-        return "" if at_end else _BAD_HEADER
-
-    def _why_none(self, error: Exception) -> str:
-        if self._content.damage:
-            return f"damaged before its first file: {self._content.damage}"
-        if self._content.damage is None and not self._content.given:
-            return "is empty"
-        cut = self._content.damage is not None or not str(error)
-        return "not a tar archive" + (", or cut short before its first file" if cut else "")
-
-
-class _Reader(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-class _Content(io.RawIOBase):
-    """An archive's bytes, decompressed, to be read from the beginning.
-
-    Damage to the compressed data looks like the end, so that nothing before it is lost.
-
-    Attributes:
-        damage: why the compressed data could not be read further; "" where they are cut off.
-        given: bytes read so far.
-    """
-
-    def __init__(self, raw: BinaryIO, name: str) -> None:
-        self.damage: str | None = None
-        self.given = 0
-        compressed = _Raw(raw, name)
-        start = compressed.peek(4)
-        self._decompress: Callable[[int], bytes]
-        if start.startswith(b"\x1f\x8b"):
-            # Gives what there is before it raises, which read() does not.
-            self._decompress = gzip.GzipFile(fileobj=cast(BinaryIO, compressed)).read1
-        elif start == b"\x28\xb5\x2f\xfd":
-            stream = pa.PythonFile(compressed, mode="r")
-            self._decompress = _by_block(pa.CompressedInputStream(stream, "zstd"))
-        else:
-            self._decompress = compressed.read
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to ``size`` bytes; none at the end."""
-        if self.damage is not None:
-            return b""
-        try:
-            found = self._decompress(size)
-        except EOFError:
-            self.damage = ""
-            return b""
-        except (OSError, zlib.error, pa.ArrowException) as error:
-            cut = "truncated" in str(error).lower()
-            self.damage = "" if cut else "its compressed data are damaged"
-            return b""
-        self.given += len(found)
-        return found
-
-
-def _by_block(stream: _Reader) -> Callable[[int], bytes]:
-    """Reads a tar's block at a time: an error takes no more than that of what comes before it."""
-    failed: list[Exception] = []
-
-    def read(size: int) -> bytes:
-        if failed:
-            raise failed[0]
-        blocks = []
-        try:
-            for _ in range(max(size // tarfile.BLOCKSIZE, 1)):
-                blocks.append(stream.read(tarfile.BLOCKSIZE))
-                if len(blocks[-1]) < tarfile.BLOCKSIZE:
-                    break
-        except (OSError, pa.ArrowException) as error:
-            failed.append(error)
-            if not any(blocks):
-                raise
-        return b"".join(blocks)
-
-    return read
-
-
-class _Raw:
-    """A file that may not be sought in, with its first bytes to be looked at.
-
-    Failing to read it is a :class:`ShardError`, to tell it from damage to what is in it.
-    """
-
-    closed = False  # PyArrow asks
-
-    def __init__(self, raw: BinaryIO, name: str) -> None:
-        self._raw, self._name = raw, name
-        self._start = b""
-
-    def peek(self, size: int) -> bytes:
-        while len(self._start) < size and (more := self._read(size - len(self._start))):
-            self._start += more
-        return self._start
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._start:
-            return self._read(size)
-        size = len(self._start) if size < 0 else size
-        found, self._start = self._start[:size], self._start[size:]
-        return found
-
-    def close(self) -> None:
-        """Nothing: whoever opened it closes it."""
-
-    def _read(self, size: int) -> bytes:
-        try:
-            return self._raw.read(size)
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
-            raise ShardError(self._name, reason) from None
-
-
-@contextmanager
-def _open(source: Source, shard: Shard) -> Iterator[_Archive]:
-    with source.open(shard.files[0]) as raw:
-        yield _Archive(_Content(raw, shard.name), shard.name)
 
 
 @dataclass(frozen=True)
@@ -491,18 +188,18 @@ class _Row:
         return len(self.image or b"") + sum(map(len, self.texts.values()))
 
 
-def _rows(archive: _Archive, shard: str, address: str, columns: Sequence[str]) -> Iterator[_Row]:
-    """A shard's rows. Of a very large sample, a text is the rows' that come behind it."""
-    taken: set[str] = set()
+def _rows(archive: Archive, shard: str, address: str, columns: Sequence[str]) -> Iterator[_Row]:
+    """A shard's rows; in a very large sample a text belongs to the images behind it."""
+    taken: dict[str, int] = {}
 
-    def row(name: str, member: _Member, image: bytes | None, error: str | None) -> _Row:
+    def row(name: str, member: Member, image: bytes | None, error: str | None) -> _Row:
         image_id = _free_id(valid_text(f"{shard}/{name}"), taken)
         return _Row(image_id, valid_text(f"{address}#{member.name}"), image, error, texts)
 
     for key, members in archive.samples():
         texts: dict[str, str] = {}
-        held: list[tuple[_Member, bytes | None]] = []
-        beside: list[_Member] = []
+        held: list[tuple[Member, bytes | None]] = []
+        beside: list[Member] = []
         several = False
         for member in members:
             if not member.is_image:
@@ -529,13 +226,14 @@ def _rows(archive: _Archive, shard: str, address: str, columns: Sequence[str]) -
             yield row(key, beside[0], None, f"{NO_IMAGE} ({kinds})")
 
 
-def _free_id(image_id: str, taken: set[str]) -> str:
-    """The id, or the first of ``id#2``, ``id#3``, ... that is not taken yet."""
-    free, number = image_id, 1
+def _free_id(image_id: str, taken: dict[str, int]) -> str:
+    """The id, or the first free one of ``id#2``, ``id#3``, ...; ``taken`` has the last number."""
+    free, number = image_id, taken.get(image_id, 1)
     while free in taken:
         number += 1
         free = f"{image_id}#{number}"
-    taken.add(free)
+    taken[image_id] = number
+    taken[free] = taken.get(free, 1)
     return free
 
 
@@ -606,23 +304,24 @@ class _Writer:
         """Write one image; the same sample's next one joins it."""
         content = sample.read()
         extension = _image_extension(sample.extension, content)
-        if self._sample is None or not self._sample.joins(sample, extension):
+        writer = self._sample
+        if writer is None or not writer.joins(sample, extension):
             self._end_sample()
-            if self._shard is not None and self._shard.samples == self._options.shard_size:
-                self._end_shard()
-            if self._shard is None:
-                self._shard = _ShardWriter(self._folder / f"{self._shards:05d}.tar", self._index)
-                self._shards += 1
-            self._shard.samples += 1
-            extensions = [extension, *map(_safe_extension, sample.sidecars)]
-            if self._options.score_in == "json":
-                extensions.append(_SCORE_JSON)
-            key = _new_key(sample, extensions, self._keys)
-            self._sample = _SampleWriter(self._shard, sample, key)
-        member = self._sample.write_image(extension, content, row.get(SCORE))
-        assert self._shard is not None
-        where = {SHARD: self._shard.path.name, MEMBER: member}
-        self._shard.list_row({self._columns.get(k, k): v for k, v in row.items()} | where)
+            writer = self._sample = self._begin_sample(sample, extension)
+        renamed = {self._columns.get(name, name): value for name, value in row.items()}
+        writer.write_image(extension, content, renamed)
+
+    def _begin_sample(self, sample: Sample, extension: str) -> _SampleWriter:
+        if self._shard is not None and self._shard.samples == self._options.shard_size:
+            self._end_shard()
+        if self._shard is None:
+            self._shard = _ShardWriter(self._folder / f"{self._shards:05d}.tar", self._index)
+            self._shards += 1
+        self._shard.samples += 1
+        extensions = [extension, *map(_safe_extension, sample.sidecars)]
+        if self._options.score_in == "json":
+            extensions.append(_SCORE_JSON)
+        return _SampleWriter(self._shard, sample, _new_key(sample, extensions, self._keys))
 
     def _end_sample(self) -> None:
         if self._sample is not None:
@@ -685,14 +384,14 @@ class _SampleWriter:
             and _fits(self._key, extension)
         )
 
-    def write_image(self, extension: str, content: bytes, score: float | None) -> str:
-        """Write an image and give its member's name."""
+    def write_image(self, extension: str, content: bytes, row: dict[str, Any]) -> None:
+        """Write an image, and its row into the index."""
         self._used.add(extension.lower())
-        if score is not None:
-            self._scores.append(score)
+        if row.get(SCORE) is not None:
+            self._scores.append(row[SCORE])
         member = f"{self._key}.{extension}"
         self._shard.add_member(member, content)
-        return member
+        self._shard.list_row(row | {SHARD: self._shard.path.name, MEMBER: member})
 
     def end(self, *, with_score: bool) -> None:
         sidecars = self._sample.sidecars
@@ -722,7 +421,7 @@ def _new_key(sample: Sample, extensions: Sequence[str], keys: UniqueNames) -> st
     def allowed(name: str) -> str:
         above, slash, base = safe_path(name, room).rpartition("/")
         key = above + slash + base.replace(".", "_")
-        if any(_META.match(f"{key}.{e}") for e in extensions):
+        if any(is_meta(f"{key}.{e}") for e in extensions):
             key = f"x{key[1:]}"
         return key
 
@@ -743,32 +442,7 @@ def _safe_extension(extension: str) -> str:
 
 def _image_extension(extension: str, content: bytes) -> str:
     """The source's, or if that is no image's, the one that the content should have."""
-    return _safe_extension(extension) if is_image(extension) else _guess_extension(content)
-
-
-def _guess_extension(content: bytes) -> str:
-    for extension, signature in _SIGNATURES:
-        if re.match(signature, content, re.DOTALL):
-            return extension
-    return "img"
-
-
-_SIGNATURES = (
-    ("jpg", rb"\xff\xd8\xff"),
-    ("png", rb"\x89PNG\r\n\x1a\n"),
-    ("gif", rb"GIF8[79]a"),
-    ("webp", rb"RIFF....WEBP"),
-    ("avif", rb"....ftypavi[fs]"),
-    ("heic", rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)"),
-    ("tif", rb"II[\x2a\x2b]\x00|MM\x00[\x2a\x2b]"),
-    ("jxl", rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
-    ("jp2", rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"),
-    ("bmp", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00"),
-    ("psd", rb"8BPS"),
-    ("qoi", rb"qoif"),
-    ("ppm", rb"P[1-6]\s"),
-    ("ico", rb"\x00\x00\x01\x00"),
-)
+    return _safe_extension(extension) if is_image(extension) else guess_extension(content)
 
 
 def _with_score(sidecars: Mapping[str, bytes], score: float) -> dict[str, bytes]:

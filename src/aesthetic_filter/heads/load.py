@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from importlib import resources
 from pathlib import Path
 
 from aesthetic_filter.errors import HeadError
 from aesthetic_filter.heads.convert import catalogue, convert
 from aesthetic_filter.heads.head import Head, read_head
-
-HUB_ADDRESS = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<file>[^@]+)@(?P<revision>[^@/]+)")
 
 
 def load_head(spec: str | Path | None = None, *, model_dir: str | Path | None = None) -> Head:
@@ -62,7 +59,7 @@ def _from_file(path: Path) -> Head:
 
 
 def _fetch(address: str, model_dir: str | Path | None) -> Path:
-    from aesthetic_filter.clip.weights import fetch
+    from aesthetic_filter.clip.weights import HUB_ADDRESS, fetch
 
     match = HUB_ADDRESS.fullmatch(address)
     if not match:
