@@ -72,7 +72,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in precisions}
     with torch.inference_mode():
-        for number in range(3 if quick else 8):
+        for number in range(3 if quick else 6):
             found = {name: took(way) for name, way in ways.items()}
             best = {name: product_rate(p, **size) for name, p in precisions.items()}
             if number:  # the first round warms up
@@ -132,7 +132,7 @@ def by_batch(quick: bool) -> None:
     print(f"  {'batch':<12}" + "".join(f"{count:>8}" for count in counts))
     for name, tower in towers.items():
         times: dict[int, list[float]] = {count: [] for count in counts}
-        for number in range(3 if quick else 7):
+        for number in range(3 if quick else 5):
             for count, pixels in batches.items():
                 seconds = took(lambda tower=tower, pixels=pixels: tower(pixels))
                 if number:

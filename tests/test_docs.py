@@ -41,6 +41,21 @@ def test_the_readme_tour_prints_what_it_shows(repo: Path, tmp_path: Path) -> Non
         assert TIMING.sub("TIMING", printed) == TIMING.sub("TIMING", shown)
 
 
+def test_the_commands_for_images_run(
+    repo: Path, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = [sys.executable, str(repo / "scripts/make_pictures.py"), "photos"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    monkeypatch.setenv("AESTHETIC_FILTER_MODEL_DIR", str(model_dir))
+    (block,) = re.findall(r"```sh\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines():
+        result = run(line.partition("#")[0].strip(), tmp_path)
+        assert result.returncode == 0, result.stderr
+    kept = sorted(path.name for path in (tmp_path / "best").glob("*.jpg"))
+    assert kept == [f"{number:02d}.jpg" for number in range(12)]
+    assert (tmp_path / "best" / "00.jpg").samefile(tmp_path / "photos" / "00.jpg")
+
+
 def test_every_help_text_is_the_one_pasted(repo: Path, tmp_path: Path) -> None:
     pasted = re.findall(r"```\n\$ (.*?)\n(.*?)```", (repo / "docs/cli.md").read_text(), re.DOTALL)
     for command, shown in pasted:

@@ -613,8 +613,8 @@ print(json.dumps({"found": found, "peak": peak}))
 def test_a_hostile_folder_in_four_threads_stays_within_memory(shared: Path, tmp_path: Path) -> None:
     # Large ones that do decode, of formats that take much memory: more than there is for all.
     for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(black(12_000))
-    flat = Image.new("RGB", (7000, 7000), (200, 100, 50))
+        (tmp_path / f"{number}.png").write_bytes(black(11_000))
+    flat = Image.new("RGB", (6000, 6000), (200, 100, 50))
     webp = encoded(flat, "WEBP", method=0)
     progressive = encoded(flat, "JPEG", progressive=True, subsampling=0)
     for number in range(2):

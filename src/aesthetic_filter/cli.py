@@ -31,8 +31,8 @@ INTERRUPTED = 130
 
 EPILOG = (
     "Exit codes: 0 done; 1 the run failed, finished parts are whole; 2 a wrong argument or path; "
-    "3 finished, but broken shards were left behind (--keep-going); 4 the input is not what the "
-    "head was trained on; 130 interrupted."
+    "3 finished, but some shards could not be read, or not to their end; 4 the input is not what "
+    "the head was trained on; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -361,6 +361,7 @@ def _filter(
     **rules: str | None,
 ) -> None:
     """Keep rows or images by rules; rules combine, and nothing is scored again."""
+    from aesthetic_filter.formats import ImageOutput
     from aesthetic_filter.scores import is_scores, open_scores
     from aesthetic_filter.selection.engine import check_selection
 
@@ -373,7 +374,8 @@ def _filter(
     if per is not None and not any(getattr(rule, "per", None) for rule in chosen):
         raise UsageError("--per goes with --top or --sample")
     broken: dict[str, str] = {}
-    check_selection(chosen, as_)  # before hours of embedding
+    output = ImageOutput(shard_size, link, score_in)
+    check_selection(chosen, as_, output)  # before hours of embedding
     if not is_scores(scores):
         from aesthetic_filter.clip.options import ImageOptions
 
@@ -397,13 +399,7 @@ def _filter(
     opened = open_scores(scores)
     selection = opened.select(*chosen)
     written = selection.write(
-        out,
-        as_=as_,
-        with_dropped=with_dropped,
-        shard_size=shard_size,
-        link=link,
-        score_in=score_in,
-        source=source,
+        out, as_=as_, with_dropped=with_dropped, source=source, **vars(output)
     )
     if not quiet:
         print(f"{scores}\n{selection.summary()}\nwritten to {written}")

@@ -162,28 +162,43 @@ def preprocess(
         ImageError: it cannot be decoded, or is refused. The same kind of fault has the same text.
         TypeError: image is something else altogether.
     """
+    if not isinstance(image, Encoded | str | os.PathLike | Image.Image | np.ndarray):
+        wanted = "encoded bytes, a path, a PIL image or a uint8 array"
+        raise TypeError(f"an image is {wanted}, not {type(image)}")
     _hush()
     _weigh()  # outside: what goes wrong here is no fault of the image
+    with ExitStack() as memory:
+        found = _outcome(image, options, memory)
+    if isinstance(found, str):
+        raise ImageError(found)
+    return found
+
+
+def _outcome(
+    image: Encoded | str | os.PathLike[str] | Image.Image | NDArray[np.uint8],
+    options: Preprocessing,
+    memory: ExitStack,
+) -> Pixels | str:
+    """The pixels, or why there are none.
+
+    Memory that is taken is entered in ``memory``, and given back by whoever calls. By then nothing
+    refers to the decoded image any more, as the traceback of an error would.
+    """
     _inside.pillow = True
     try:
-        if isinstance(image, Image.Image):
-            return _from_image(image, options)
-        if isinstance(image, np.ndarray):
-            return _from_image(_image_of_array(image), options)
         if isinstance(image, str | os.PathLike):
             image = _read(image)
         if isinstance(image, Encoded):
-            return _from_bytes(image, options)
-    except ImageError:
-        raise
-    # Decoders of broken files raise anything: struct.error, IndexError, zlib.error, ...
-    except Exception as error:
-        raise ImageError(_reason(error, options)) from None
+            return _from_bytes(image, options, memory)
+        if isinstance(image, np.ndarray):
+            image = _image_of_array(image)
+        return _from_image(image, options, memory)
+    except ImageError as error:
+        return str(error)
+    except Exception as error:  # struct.error, IndexError, zlib.error, ...: decoders raise anything
+        return _reason(error, options)
     finally:
         _inside.pillow = False
-    raise TypeError(
-        f"an image is encoded bytes, a path, a PIL image or a uint8 array, not {type(image)}"
-    )
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
@@ -208,33 +223,35 @@ def _image_of_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_bytes(data: Encoded, options: Preprocessing) -> Pixels:
+def _from_bytes(data: Encoded, options: Preprocessing, memory: ExitStack) -> Pixels:
     if not len(data):
         raise ImageError("image is empty (0 bytes)")
-    with ExitStack() as held:
-        # Opening an icon decodes the image inside, whose size is known only then.
-        icon = bytes(data[:4]) == b"\0\0\1\0"
-        if icon:
-            held.enter_context(_memory.take(MEMORY))
-        image = _open(data)
-        _check_size(image, options)
-        if not icon:
-            held.enter_context(_memory.take(_bytes_to_decode(image, data, options)))
-        size: tuple[float, float] = image.size
-        width, height = image.size
-        if options.decode == "fast" and isinstance(image, JpegImageFile):
-            drafted = image.draft(None, (SIZE, SIZE))
-            # Where the image ends, which is within its last pixels unless its size divides.
-            size = drafted[1][2:] if drafted else size
-        image = _load(image, data, options)
-        return _pixels(image, (width, height), size, options)
-
-
-def _from_image(image: Image.Image, options: Preprocessing) -> Pixels:
+    # Opening an icon decodes the image inside, whose size is known only then.
+    icon = bytes(data[:4]) == b"\0\0\1\0"
+    if icon:
+        memory.enter_context(_memory.take(MEMORY))
+    image = _open(data)
     _check_size(image, options)
-    with _memory.take(4 * image.width * image.height):
-        image.load()
-        return _pixels(image, image.size, image.size, options)
+    if not icon:
+        memory.enter_context(_memory.take(_bytes_to_decode(image, data, options)))
+    original = image.size
+    extent: tuple[float, float] = original
+    if options.decode == "fast" and isinstance(image, JpegImageFile):
+        drafted = image.draft(None, (SIZE, SIZE))
+        # Where the image ends, which is within its last pixels unless its size divides.
+        extent = drafted[1][2:] if drafted else extent
+    image = _load(image, data, options)
+    try:
+        return _pixels(image, original, extent, options)
+    finally:
+        image.close()
+
+
+def _from_image(image: Image.Image, options: Preprocessing, memory: ExitStack) -> Pixels:
+    _check_size(image, options)
+    memory.enter_context(_memory.take(4 * image.width * image.height))
+    image.load()
+    return _pixels(image, image.size, image.size, options)
 
 
 def _check_size(image: Image.Image, options: Preprocessing) -> None:
@@ -258,8 +275,9 @@ def _open(data: Encoded) -> ImageFile.ImageFile:
         if name not in Image.OPEN:  # this Pillow was built without it
             continue
         factory, accept = Image.OPEN[name]
+        accepted = accept(prefix) if accept else True
         # A string says why an image of this format cannot be decoded.
-        if accept is None or accept(prefix) is True:
+        if accepted and not isinstance(accepted, str):
             with suppress(SyntaxError, IndexError, TypeError, struct.error):
                 return factory(BytesIO(data), "")
     raise ImageError("not an image that can be decoded")
@@ -277,7 +295,9 @@ def _load(image: ImageFile.ImageFile, data: Encoded, options: Preprocessing) -> 
             raise
         if isinstance(image, JpegImageFile):
             # With an end marker, libjpeg makes grey of what is missing.
-            whole, size = _open(bytes(data) + b"\xff\xd9"), image.size
+            size = image.size
+            image.close()
+            whole = _open(bytes(data) + b"\xff\xd9")
             if whole.size != size:
                 whole.draft(None, (SIZE, SIZE))
             whole.load()

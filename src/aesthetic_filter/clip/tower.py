@@ -64,8 +64,9 @@ DTYPES = {
 CPU_BATCH = 4
 """How many images to give a tower on a processor at a time.
 
-Measured on two cores of an AMD EPYC (AVX-512, native bfloat16; ``bench_tower.py --batches``): from 1
-to 16 images bfloat16 is the same within the noise of 5%; float32 gains 15% up to 4, then nothing.
+Measured on two cores of an AMD EPYC (AVX-512, native bfloat16), a block at a time: from 1 to 16
+images bfloat16 is as fast within the noise of 5%; float32 gains 15% up to 4 images, then no more.
+``benchmarks/bench_tower.py --batches`` measures it again.
 """
 
 Pair = tuple[Tensor, Tensor]

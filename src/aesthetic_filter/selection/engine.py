@@ -181,12 +181,11 @@ class Selection:
         """
         folder = local_folder(folder)
         options = ImageOutput(shard_size, link, score_in)
+        check_selection(self.rules, as_, options)
         image_writer = image_writers().get(as_)
         if image_writer and ("images" in self._provenance or as_ != "parquet"):
-            _check_options(options, as_, image_writer.IMAGE_OPTIONS)
             self._write_images(folder, image_writer, options, with_dropped, source)
             return folder
-        _check_options(options, as_, ())
         writer = find_writer(as_)
         with replaced(folder, self.describe) as staging:
             for name in ROW_FILES if with_dropped else ROW_FILES[:1]:
@@ -264,27 +263,24 @@ def group_expression(per: str | None, database: Database) -> str:
     return f"r.{quote(per)}"
 
 
-def check_selection(rules: Sequence[Rule], as_: str = "index") -> None:
+def check_selection(
+    rules: Sequence[Rule], as_: str = "index", options: ImageOutput = ImageOutput()
+) -> None:
     """Refuse what could never be carried out, whatever the scores.
 
     Raises:
         SelectionError: there is no rule.
-        OutputError: nothing is written like that.
+        OutputError: nothing is written like that, or an option means nothing for it.
     """
     if not rules:
         raise SelectionError(
             "a selection needs at least one rule, such as --min-score 5.5 or --top 10%"
         )
-    if as_ not in image_writers():
+    heeded: Sequence[str] = ()
+    if as_ in image_writers():
+        heeded = image_writers()[as_].IMAGE_OPTIONS
+    else:
         find_writer(as_)
-
-
-def _check_options(options: ImageOutput, as_: str, heeded: Sequence[str]) -> None:
-    """Refuse an option that the way of writing does not heed.
-
-    Raises:
-        OutputError: there is one.
-    """
     if options.link not in (None, "hard", "symlink"):
         raise OutputError(f"--link is hard or symlink, not {options.link!r}")
     if options.score_in not in (None, "json"):
