@@ -44,7 +44,7 @@ from aesthetic_filter import kernels
 from aesthetic_filter.clip import preprocess as preprocessing
 from aesthetic_filter.clip import tower as towers
 from aesthetic_filter.clip import weights as weight_files
-from aesthetic_filter.clip.encoder import GPU_BATCH, Encoder
+from aesthetic_filter.clip.encoder import GPU_BATCH, Encoder, out_of_memory
 from aesthetic_filter.clip.options import ImageOptions
 from aesthetic_filter.clip.preprocess import SIZE, Pixels, Preprocessing
 from bench import Bench, machine_facts
@@ -129,7 +129,9 @@ def tower_alone(bench: Bench, tower: towers.Tower, work: float, rate: float) -> 
     for count in (1, 4) if bench.quick else (1, 8, 32, 64, 128, 256, 512):
         try:
             speed = median(tower_speed(tower, count, bench.rounds(5)))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
             bench.note(f"the tower: no memory for {count} images at once")
             break
@@ -236,6 +238,7 @@ def end_to_end(
     out = bench.folder / "scores"
     few = write_tars(bench.folder / "few", jpegs["640x480"], 16)
     watched_run(few, out / "few", ImageOptions(device=str(device), weights=weights))
+    feeding_alone(bench, device, weights, sources)
 
     runs: dict[str, list[dict[str, Any]]] = {f"{name} {decode}": [] for name, _, decode in plan}
     alone, rates = [], []
@@ -288,6 +291,42 @@ def end_to_end(
         watched_run(source, out / "sampled", options)
     bench.note(f"{name} {decode} once more, looked at every 5 ms: where each kind of thread is\n")
     bench.table("threads", shares_of(samples))
+
+
+def feeding_alone(
+    bench: Bench, device: torch.device, weights: Path, sources: dict[str, Path]
+) -> None:
+    """The same runs with neither decoding nor tower: what all the rest would allow."""
+    pixels = Pixels(np.zeros((SIZE, SIZE, 3), np.uint8), 640, 480)
+    load, decode = towers.load_tower, preprocessing.preprocess
+    preprocessing.preprocess = lambda *_: pixels
+    towers.load_tower = lambda *given, **named: IdleTower(load(*given, **named))
+    rows = []
+    try:
+        for name, source in sources.items():
+            options = ImageOptions(device=str(device), weights=weights)
+            run = watched_run(source, bench.folder / "idle" / name, options)
+            row = {"what": f"{name}, neither decoded nor embedded", "images/s": run["images/s"]}
+            row["CPU ms an image"] = 1e3 * run["CPU s"] / run["rows"]
+            rows.append(row)
+    finally:
+        preprocessing.preprocess, towers.load_tower = decode, load
+    bench.table("feeding", rows)
+
+
+class IdleTower:
+    """A tower that gives every image the same embedding."""
+
+    def __init__(self, tower: towers.Tower) -> None:
+        self._tower = tower
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tower, name)
+
+    def __call__(self, images: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Embed nothing."""
+        embedding = torch.full((), towers.PROJECTION**-0.5, device=self._tower.device)
+        return embedding.expand(len(images), towers.PROJECTION)
 
 
 def bottleneck(run: dict[str, Any], threads: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import aesthetic_filter as af
-from aesthetic_filter.clip.weights import ENCODER_SHA256, cached_encoder
+from aesthetic_filter.clip.weights import ENCODER_SHA256, verify_encoder
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,12 @@ def model_dir() -> Path:
     folder = os.environ.get("AESTHETIC_FILTER_MODEL_DIR")
     if not folder:
         pytest.skip("AESTHETIC_FILTER_MODEL_DIR names no folder with CLIP ViT-L/14's weights")
-    path = cached_encoder(folder)
-    if path is None or path.resolve().name != ENCODER_SHA256:
-        pytest.skip(f"{folder} (AESTHETIC_FILTER_MODEL_DIR) has not CLIP ViT-L/14's own weights")
+    try:
+        found = verify_encoder(model_dir=folder).sha256
+    except af.AestheticFilterError as error:
+        found = str(error)
+    if found != ENCODER_SHA256:
+        pytest.skip(f"AESTHETIC_FILTER_MODEL_DIR has not CLIP ViT-L/14's own weights: {found}")
     return Path(folder)
 
 

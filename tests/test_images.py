@@ -159,7 +159,7 @@ def as_struct(place: Path, files: Files) -> tuple[Path, dict[str, str]]:
 def as_paths(place: Path, files: Files) -> tuple[Path, dict[str, str]]:
     write_files(place / "in/files", files)
     write_table(place / "in/t.parquet", {"image_path": [f"files/{name}" for name in files]})
-    return place / "in/t.parquet", {name: f"t.parquet/files/{name}" for name in files}
+    return place / "in/t.parquet", {name: f"files/{name}" for name in files}
 
 
 SOURCES: dict[str, Callable[[Path, Files], tuple[Any, dict[str, str]]]] = {
@@ -356,7 +356,7 @@ def test_what_cannot_be_scored_fails_alone_with_a_reason(tmp_path: Path) -> None
         assert facts["failed"] == len(bad) + nulls
         shown = " ".join(run("summary", out).stdout.split())
         assert f"{truncated} 2" in shown
-        assert "not an image that can be decoded 2" in shown
+        assert "not an image that can be decoded 3" in shown
     assert scores[0] == scores[1] == scores[2]
 
 
@@ -448,7 +448,7 @@ def tars(place: Path) -> tuple[Path, Files]:
             samples += [
                 (f"s{n}.jpg", content),
                 (f"s{n}.txt", f"text {shard} {n}".encode()),
-                (f"s{n}.npy", bytes([shard, n])),
+                (f"s{n}.pkl", bytes([shard, n])),
             ]
         write_tar(place / f"tars/{shard}.tar", [*samples, ("bad.jpg", b"broken")])
     return place / "tars", files
@@ -543,16 +543,16 @@ def test_what_is_kept_is_written_as_it_was(kind: str, as_: str, tmp_path: Path) 
             if as_ == "folder":
                 assert place == f"{shard}/s{number}.jpg"
                 assert (out / place).with_suffix(".txt").read_bytes() == text
-                assert (out / place).with_suffix(".npy").read_bytes() == blob
+                assert (out / place).with_suffix(".pkl").read_bytes() == blob
             if as_ == "webdataset":
                 tar, _, name = place.partition("/")
                 inside = members(out / tar)
                 assert inside[name.replace(".jpg", ".txt")] == text
-                assert inside[name.replace(".jpg", ".npy")] == blob
+                assert inside[name.replace(".jpg", ".pkl")] == blob
             if as_ == "parquet":
                 row = next(r for r in index if r["image_sha256"] == sha)
                 beside = {its["extension"]: its["bytes"] for its in row["sidecars"]}
-                assert beside == {"txt": text, "npy": blob}
+                assert beside == {"txt": text, "pkl": blob}
 
     # It is a source again.
     af.score(out, tmp_path / "again", images=EXACT)

@@ -22,19 +22,20 @@ being decoded share :data:`MEMORY`; one that finds too little left waits.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,21 +48,21 @@ try:
 except ImportError:
     raise MissingExtraError("decoding images needs Pillow", "clip") from None
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 SIZE = 224
 """Pixels on each side of what the encoder sees."""
 
 MAX_PIXELS = 178_956_970
-"""The default limit: the size from which on Pillow refuses to open an image.
+"""The default limit, Pillow's own: beyond it Pillow refuses to open an image.
 
-Phones (12 to 200 megapixels, saved as 12 to 50), cameras of 100 and 150 megapixels and panoramas
-pass. Decoded it takes 0.7 GB.
+Phones of 12 to 108 megapixels, cameras of 100 and 150 and panoramas pass; what a phone takes with
+200 does not. Decoded, so many pixels take 0.7 GB.
 """
 
 MEMORY = 1_500_000_000
-"""Bytes that the images being decoded may take together, whatever the number of threads."""
+"""Bytes that the images being decoded may take together, whatever the number of threads.
+
+With what else a process needs that stays below 2 GB.
+"""
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO"),
@@ -355,12 +356,29 @@ class _Memory:
         try:
             yield
         finally:
+            if amount > _TRIM_ABOVE:
+                _trim()(0)
             with self._given_back:
                 self._taken -= amount
                 self._given_back.notify()
 
 
 _memory = _Memory(MEMORY)
+
+_TRIM_ABOVE = 100_000_000
+
+
+@cache
+def _trim() -> Callable[[int], int]:
+    """What gives freed memory back to the system, where the C library has it (glibc).
+
+    By itself it keeps a tenth of a gigabyte for each thread that has decoded a large JPEG 2000.
+    """
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda _: 0
+    return trim
 
 
 # Resizing, with the arithmetic of Pillow's Resample.c.
