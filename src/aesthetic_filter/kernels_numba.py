@@ -1,4 +1,4 @@
-"""The compiled layer of a network. Imported only when there are rows enough to pay for it.
+"""Loops, compiled: the layer of a network, and whatever else needs them. Imported only when used.
 
 Compiled code is cached on disk, beside the package or in the user's cache directory. (The pass
 over embedding rows, which every run needs, is in :mod:`aesthetic_filter.kernels_llvm` and loads
@@ -28,7 +28,8 @@ def _apply_layer(x, weight, bias, out):  # type: ignore[no-untyped-def]
             out[i, j] += bias[j]
 
 
-def _compile(function: Callable[..., None], signature: str) -> Any:
+def compiled_loop(function: Callable[..., None], signature: str) -> Any:
+    """Compile a function of plain loops for one signature, or load it; it runs without the GIL."""
     jit = partial(numba.njit, signature, nogil=True, error_model="numpy")
     try:
         return jit(cache=True)(function)
@@ -39,7 +40,7 @@ def _compile(function: Callable[..., None], signature: str) -> Any:
 @cache
 def layer_pass() -> Callable[[F32, F32, F32, F32], None]:
     """Compile, or load, ``f(x, weight, bias, out)``: one layer of a network, see kernels.py."""
-    compiled: Callable[[F32, F32, F32, F32], None] = _compile(
+    compiled: Callable[[F32, F32, F32, F32], None] = compiled_loop(
         _apply_layer, "void(f4[:,::1], f4[:,::1], f4[::1], f4[:,::1])"
     )
     return compiled

@@ -542,7 +542,7 @@ def _weigh_rows(rows, first, values, out, start):  # type: ignore[no-untyped-def
 def _weigh() -> Callable[..., None]:
     from aesthetic_filter import kernels_numba
 
-    weigh: Callable[..., None] = kernels_numba._compile(
+    weigh: Callable[..., None] = kernels_numba.compiled_loop(
         _weigh_rows,
         "void(Array(uint8, 2, 'C', readonly=True), i8[::1], i4[:,::1], u1[:,::1], i8)",
     )
