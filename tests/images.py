@@ -249,3 +249,21 @@ def run_without(
 ) -> subprocess.CompletedProcess[str]:
     """The command line where these modules cannot be imported."""
     return run_python(BLOCKED.format(names=list(names)), *arguments, cwd=cwd)
+
+
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "aesthetic_filter", *sys.argv[1:]])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
+def run_measured(*arguments: object, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command line, and the most memory, in MB, that it held at once.
+
+    By way of a small process: what a process began as counts for it too.
+    """
+    done = run_python(MEASURED, *arguments, cwd=cwd)
+    peak = int(done.stdout.rpartition("peak ")[2]) / (1024 if sys.platform == "darwin" else 1)
+    return done, peak / 1024

@@ -237,6 +237,8 @@ def score(
         overwrite=overwrite,
         workers=workers,
     )
+    if "://" not in source:
+        _warn_if_incomplete(Path(source).expanduser())
     if broken:
         _fail_for(broken)
     gc.freeze()  # the process ends here: do not first search its memory for garbage, 0.2 s
@@ -259,11 +261,11 @@ def _run_score(
 
             run(source, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
-        done = (
-            f"{last[0].finished:,} of {last[0].shards:,} shards are finished and whole; "
-            if last
-            else ""
-        )
+        done = ""
+        if last:
+            done = f"{last[0].finished:,} of {last[0].shards:,} shards are finished and whole; "
+            if last[0].embedded:
+                done += f"{last[0].embedded:,} images are embedded, once and for all; "
         fail(f"interrupted; {done}the same command goes on from there", INTERRUPTED)
     if not quiet:
         print(_score_result(out, last[0] if last else None, time.monotonic() - started))

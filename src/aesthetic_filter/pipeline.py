@@ -68,6 +68,7 @@ class Progress:
         bytes: of those, how many are read, about.
         rows: scored or failed in this run.
         failed: of those, rows without a score.
+        embedded: images embedded in this run, which will not be again.
         notes: what else a person should know, such as a batch that did not fit into memory.
     """
 
@@ -79,6 +80,7 @@ class Progress:
     bytes: int = 0
     rows: int = 0
     failed: int = 0
+    embedded: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -333,6 +335,8 @@ class _Job:
             self.under_way[shard.name] = min(read, shard.size)
             self.progress.rows += scored.num_rows
             self.progress.failed += scored.column(SCORE).null_count
+            if self.encoder:
+                self.progress.embedded += len(table) - table.column(EMBEDDING).null_count
             self._report()
         return scored, foreign
 
@@ -417,6 +421,7 @@ def _what_is_left(
     gone = [part for part in parts if part and part.shard not in names]
     if gone and getattr(reader, "NUMBERED", False):  # the listing has become shorter
         for part in gone:
+            run.journal(part.shard).remove()
             part.path.unlink()
     elif gone:
         raise OutputError(

@@ -140,7 +140,16 @@ class Encoder:
         """
         self._start()
         future: Future[Embedded] = Future()
-        self._decoders.submit(self._decode, image, known, future)
+        try:
+            task = self._decoders.submit(self._decode, image, known, future)
+        except RuntimeError:  # closed since
+            raise StoppedError from None
+
+        def given_up(task: Future[None]) -> None:
+            if task.cancelled():  # before its turn came: nobody else would ever tell
+                future.set_exception(StoppedError())
+
+        task.add_done_callback(given_up)
         return future
 
     def close(self) -> None:

@@ -13,7 +13,15 @@ from aesthetic_filter.errors import ShardError, SourceError
 from aesthetic_filter.formats import Shard, Wanted
 from aesthetic_filter.formats.parquet import batches, open_parquet
 from aesthetic_filter.storage import File, Source
-from aesthetic_filter.table import COSINE, EMBEDDING, ERROR, METADATA_KEY, NORM, SCORE
+from aesthetic_filter.table import (
+    COSINE,
+    EMBEDDING,
+    ERROR,
+    IMAGE_COLUMNS,
+    METADATA_KEY,
+    NORM,
+    SCORE,
+)
 
 DESCRIPTION = "a scores folder made from images"
 PRECEDENCE = 3
@@ -57,6 +65,8 @@ def read(source: Source, shard: Shard, wanted: Wanted) -> Iterator[pa.Table]:
         if EMBEDDING not in names:
             raise ShardError(shard.name, "its part holds no embeddings")
         kept = [name for name in names if name not in (SCORE, NORM, COSINE)]
+        if wanted.others is not None:
+            kept = [name for name in kept if name in (*IMAGE_COLUMNS, *wanted.others)]
         for rows in batches(parquet, kept):
             # A reason that is the head's, not the image's, is the new head's to give again.
             failed = compute.is_null(rows.column(EMBEDDING))
