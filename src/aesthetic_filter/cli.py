@@ -366,6 +366,7 @@ def _filter(
     from aesthetic_filter.formats import ImageOutput
     from aesthetic_filter.scores import is_scores, open_scores
     from aesthetic_filter.selection.engine import check_selection
+    from aesthetic_filter.selection.images import check_source_for
 
     modifiers = Modifiers(per=per, seed=seed)
     chosen = [
@@ -381,6 +382,7 @@ def _filter(
     if not is_scores(scores):
         from aesthetic_filter.clip.options import ImageOptions
 
+        check_source_for(scores, as_)  # likewise
         folder = scores_folder or str(Path(out).expanduser().parent / "scores")
         broken = _run_score(
             scores,

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from aesthetic_filter.clip.encoder import Embedded, Encoder
-from aesthetic_filter.errors import ImageError
+from aesthetic_filter.errors import CutShortError, ImageError
 from aesthetic_filter.journal import Journal
 from aesthetic_filter.table import (
     EMBEDDING,
@@ -45,17 +45,23 @@ def embed_tables(
     """
     waiting: deque[_Waiting] = deque()
     rows = size = 0
-    # What a device needs for the batch under way and the next, whatever the batches' sizes.
-    most_rows = 2 * len(encoder.devices) * encoder.batch_size + 16
-    for table in _slices(tables, encoder.batch_size):
-        while len(waiting) > 1 and (rows + table.num_rows > most_rows or size > WINDOW_BYTES):
-            done = waiting.popleft()
-            rows, size = rows - done.table.num_rows, size - done.size
-            yield done.finish(journal)
-        waiting.append(_start(table, encoder, journal))
-        rows, size = rows + table.num_rows, size + waiting[-1].size
+    cut: CutShortError | None = None
+    try:
+        for table in _slices(tables, encoder.batch_size):
+            while len(waiting) > 1 and (
+                rows + table.num_rows > encoder.lookahead or size > WINDOW_BYTES
+            ):
+                done = waiting.popleft()
+                rows, size = rows - done.table.num_rows, size - done.size
+                yield done.finish(journal)
+            waiting.append(_start(table, encoder, journal))
+            rows, size = rows + table.num_rows, size + waiting[-1].size
+    except CutShortError as error:  # what came before it is on its way
+        cut = error
     while waiting:
         yield waiting.popleft().finish(journal)
+    if cut is not None:
+        raise cut
 
 
 def _slices(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -30,6 +30,7 @@ from aesthetic_filter.heads import Head, load_head
 from aesthetic_filter.heads.head import wrong_width
 from aesthetic_filter.prefetch import prefetch
 from aesthetic_filter.run_folder import (
+    JOURNAL,
     Part,
     RunFolder,
     local_folder,
@@ -68,7 +69,7 @@ class Progress:
         bytes: of those, how many are read, about.
         rows: scored or failed in this run.
         failed: of those, rows without a score.
-        embedded: images embedded in this run, which will not be again.
+        embedded: images whose embeddings are kept, so that they are not embedded again.
         notes: what else a person should know, such as a batch that did not fit into memory.
     """
 
@@ -188,6 +189,8 @@ def score(
                 run.write_run_file("incomplete", error=str(error) or type(error).__name__)
             raise
         progress.broken |= {part.shard: part.cut for part in done if part.cut}
+        with job.lock:  # also where nothing was left to do
+            job._report()
         broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
         status = "complete" if not broken else "incomplete"
         run.write_run_file(
@@ -419,10 +422,12 @@ def _what_is_left(
     paths = run.parts()
     parts = map(read_part, paths) if len(paths) > len(done) else ()
     gone = [part for part in parts if part and part.shard not in names]
-    if gone and getattr(reader, "NUMBERED", False):  # the listing has become shorter
+    if getattr(reader, "NUMBERED", False):  # the listing may have become shorter
         for part in gone:
-            run.journal(part.shard).remove()
             part.path.unlink()
+        for path in run.path.glob(f"*{JOURNAL}"):
+            if path.name.removesuffix(JOURNAL) not in names:
+                path.unlink()
     elif gone:
         raise OutputError(
             f"{run.path}: holds scores of {len(gone)} shard(s) that the source no longer has "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,10 @@ class ImageScorer:
 
     def embed(self, images: Any) -> NDArray[np.float16]:
         """Embed images, as for scoring: (N, 768) float16 of unit norm; NaN where one failed."""
-        futures = self._submit([images] if is_one_image(images) else images)
-        vectors = np.full((len(futures), self.head.width), np.nan, np.float16)
+        images = [images] if is_one_image(images) else images
+        vectors = np.full((len(images), self.head.width), np.nan, np.float16)
         failures = []
-        for number, future in enumerate(futures):
+        for number, future in enumerate(self._submit(images)):
             try:
                 vectors[number] = future.result().vector
             except ImageError as error:
@@ -123,13 +124,19 @@ class ImageScorer:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.head, self._model_dir, self._options)
 
-    def _submit(self, images: Sequence[Any]) -> list[Future[Embedded]]:
+    def _submit(self, images: Sequence[Any]) -> Iterator[Future[Embedded]]:
+        """Their futures, in order; not many more are on their way than the devices need."""
         from aesthetic_filter.clip.encoder import Encoder
 
         if self._encoder is None:
             self._encoder = Encoder(self._options, model_dir=self._model_dir)
             self._encoder.on_note = lambda line: warnings.warn(line, stacklevel=2)
-        return [self._encoder.submit(image) for image in images]
+        waiting: deque[Future[Embedded]] = deque()
+        for image in images:
+            if len(waiting) > self._encoder.lookahead:
+                yield waiting.popleft()
+            waiting.append(self._encoder.submit(image))
+        yield from waiting
 
 
 def is_one_image(images: Any) -> bool:

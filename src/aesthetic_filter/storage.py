@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from aesthetic_filter.errors import ImageError, MissingExtraError, ShardError, SourceError
+from aesthetic_filter.filenames import is_image
 
 _EXTRAS = {
     "s3": "s3",
@@ -36,6 +37,9 @@ WORKERS = 16
 """How many requests are made of a remote store at once."""
 
 GONE = "file is gone"
+
+MADE_HERE = ("_run.json", "_selection.json")
+"""Files that only folders have which this program wrote."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,21 @@ def _find(filesystem: Any, path: str) -> tuple[Infos, str]:
         root = path
         files = filesystem.find(path, detail=True)
     named = {_relative(p, root): info for p, info in files.items()}
-    return {name: info for name, info in named.items() if not _hidden(name)}, root
+    made_here = {folder for name in named if (folder := _folder_made_here(name))}
+    return {
+        name: info
+        for name, info in named.items()
+        if not _hidden(name) and not any(name.startswith(folder) for folder in made_here)
+    }, root
+
+
+def _folder_made_here(name: str) -> str:
+    """The folder below the source's that a file shows to be one of scores, or of a selection.
+
+    Whoever chooses from a folder into a folder below does not want to choose from that again.
+    """
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}" if base in MADE_HERE else ""
 
 
 def _find_glob(filesystem: Any, pattern: str) -> Infos:
@@ -522,7 +540,11 @@ def _unreadable(error: Exception) -> ImageError:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts):
+        return True
+    # Cameras begin names with "_" too: _DSC0001.JPG.
+    return not is_image(parts[-1]) and any(part.startswith("_") for part in parts)
 
 
 def _version(info: dict[str, Any]) -> str:

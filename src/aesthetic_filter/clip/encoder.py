@@ -125,6 +125,11 @@ class Encoder:
         default = CPU_BATCH if self.devices[0].type == "cpu" else GPU_BATCH
         return self.options.batch_size or default
 
+    @property
+    def lookahead(self) -> int:
+        """Images that should be on their way: the batches under way, and the next to be decoded."""
+        return 2 * len(self.devices) * self.batch_size + 16
+
     def submit(
         self, image: Any, known: Callable[[str], Embedded | None] | None = None
     ) -> Future[Embedded]:

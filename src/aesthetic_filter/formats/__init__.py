@@ -26,7 +26,8 @@ ends too early. Their format also has:
 - ``fetch(source, shard, rows, wanted) -> Iterator[Sample]``: the samples at these row numbers
   (ascending, as ``read`` counts them), with their bytes as they lie in the source and what belongs
   to them.
-- ``NUMBERED = True``, if the shards are runs of one listing: a part beyond the last is stale.
+- ``NUMBERED = True``, if the shards are runs of one listing, and a row's id is its file's name: a
+  part beyond the last is stale.
 
 ``read``, ``sample`` and ``fetch`` also have to be safe to call from several threads at once.
 

@@ -41,7 +41,10 @@ WRITES = "folder"
 IMAGE_OPTIONS = ("link",)
 
 NUMBERED = True
-"""The shards are runs of one listing: a part of a shard beyond the last is stale and may go."""
+"""The shards are runs of one listing: a part of a shard beyond the last is stale and may go.
+
+A row is a file, and its id the file's name, wherever the listing has it by now.
+"""
 
 GROUP = 4096
 """Files in a shard."""
@@ -232,6 +235,7 @@ def _write_sample(folder: Path, names: UniqueNames, sample: Sample, link: str | 
                 os.utime(target, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
+        sample.read()  # raises where it is not what was scored
         _link(sample, target, link)
     for other, content in beside:
         _write_new(folder / names.take(other), content)

@@ -7,16 +7,27 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
 from aesthetic_filter.database import PART, ROW
 from aesthetic_filter.errors import OutputError, ShardError
-from aesthetic_filter.formats import ImageFormat, ImageRow, Sample, Shard, Wanted, formats
+from aesthetic_filter.formats import (
+    ImageFormat,
+    ImageRow,
+    Sample,
+    Shard,
+    Wanted,
+    find_format,
+    formats,
+    image_writers,
+)
 from aesthetic_filter.run_folder import read_part
 from aesthetic_filter.storage import list_source
 from aesthetic_filter.table import IMAGE_ID, SHA256
+
+T = TypeVar("T")
 
 FETCHED_AT_ONCE = 65_536
 """Kept rows of one shard that are gathered before the shard is read for them."""
@@ -43,21 +54,52 @@ def kept_images(
     """
     images = provenance.get("images")
     if images is None:
-        raise OutputError(
-            "these scores were made from embeddings, so there are no images to write; "
-            "write the rows, --as index, csv, jsonl or ids"
-        )
+        raise no_images()
     listing = list_source(source or images["source"])
     reader = cast(ImageFormat, formats()[images["format"]])
     wanted = Wanted(**images["columns"])
     shards = {shard.name: shard for shard in reader.shards(listing)}
+    files = {file.name: file for file in listing.files}
+    numbered = getattr(reader, "NUMBERED", False)
     for number, rows in itertools.groupby(_rows(batches), key=lambda row: row[PART]):
-        shard = _shard_of(parts[number], shards)
+        found = read_part(parts[number])
+        if found is None:
+            raise OutputError(
+                f"{parts[number]}: is no part of a scores folder; "
+                "filter the scores that it was chosen from"
+            )
         while some := list(itertools.islice(rows, FETCHED_AT_ONCE)):
-            fetched = reader.fetch(listing, shard, [row[ROW] for row in some], wanted)
+            if numbered:  # the listing may have changed since: a row is wherever its file is
+                shard = Shard(found.shard, tuple(_named(row[IMAGE_ID], files) for row in some))
+                places = list(range(len(some)))
+            else:
+                shard = _named(found.shard, shards)
+                places = [row[ROW] for row in some]
+            fetched = reader.fetch(listing, shard, places, wanted)
             for row, sample in zip(some, fetched, strict=True):
                 kept = {name: row[name] for name in row if name not in (PART, ROW)}
                 yield kept, _checked(sample, row, shard)
+
+
+def check_source_for(source: str, as_: str) -> None:
+    """Refuse a source whose scores could never be written like that.
+
+    Raises:
+        OutputError: images are to be written, and it holds embeddings.
+        SourceError: there is nothing that could be scored.
+    """
+    _, reader = find_format(list_source(source))
+    can_be_rows = as_ not in image_writers() or as_ == "parquet"
+    if reader.GIVES != "image" and not can_be_rows:
+        raise no_images()
+
+
+def no_images() -> OutputError:
+    """The one message where images are to be written, and there are only embeddings."""
+    return OutputError(
+        "these scores were made from embeddings, so there are no images to write; "
+        "write the rows, --as index, csv, jsonl or ids"
+    )
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
@@ -65,15 +107,10 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _shard_of(part: Path, shards: Mapping[str, Shard]) -> Shard:
-    found = read_part(part)
-    if found is None:
-        raise OutputError(
-            f"{part}: is no part of a scores folder; filter the scores that it was chosen from"
-        )
-    if found.shard not in shards:
-        raise ShardError(found.shard, "it was there when it was scored and is gone now")
-    return shards[found.shard]
+def _named(name: str, there: Mapping[str, T]) -> T:
+    if name not in there:
+        raise ShardError(name, "it was there when it was scored and is gone now")
+    return there[name]
 
 
 def _checked(sample: Sample, row: Mapping[str, Any], shard: Shard) -> Sample:

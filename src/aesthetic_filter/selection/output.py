@@ -54,6 +54,12 @@ def _swap(folder: Path, staging: Path, description: Mapping[str, Any]) -> None:
     new = [_relative(path, staging) for path in staging.rglob("*") if not path.is_dir()]
     rows_only = all(_is_row_file(name) for name in new)
     old = _ours(folder)
+    for name in set(new) - set(old):
+        if (folder / name).exists():
+            raise OutputError(
+                f"{folder / name}: is in the way, and no earlier selection wrote it; "
+                "move it, or give another folder"
+            )
     # First what makes all of it ours: killed from here on, the same again mends it.
     if not rows_only or (folder / FILES_FILE).exists():
         _list_files(folder, sorted({*old, *new}))

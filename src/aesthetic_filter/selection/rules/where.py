@@ -46,6 +46,9 @@ class Where:
 
 
 def _build(text: str, modifiers: Modifiers) -> Where:
+    from aesthetic_filter.database import parse_condition
+
+    parse_condition(text)  # before hours of embedding
     return Where(text)
 
 
