@@ -154,7 +154,7 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         ("__init__.py", ()),
         ("__main__.py", ("cli",)),
         ("table.py", ("errors",)),
-        ("storage.py", ("errors",)),
+        ("storage.py", ("errors", "filenames")),
         ("kernels_llvm.py", ("kernels",)),
         ("kernels_numba.py", ("kernels",)),
         ("heads/", ("heads", "kernels", "errors", "clip")),

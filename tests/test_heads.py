@@ -804,3 +804,13 @@ def test_a_tensor_on_an_accelerator_is_scored_there(make_embeddings: Make) -> No
 def test_every_refusal_is_one_of_ours() -> None:
     for kind in (ChecksumError, HeadError, MissingExtraError, WidthError):
         assert issubclass(kind, AestheticFilterError)
+
+
+@pytest.mark.parametrize("name", bundled_heads())
+def test_rounding_embeddings_to_float16_moves_scores_by_no_more_than_the_docs_say(
+    name: str, make_embeddings: Callable[..., NDArray[Any]]
+) -> None:
+    vectors = make_embeddings(5_000, seed=9, dtype=np.float32)
+    head = load_head(name)
+    moved = np.abs(head(vectors) - head(vectors.astype(np.float16))).max()
+    assert moved < (0.02 if name == "sac-public" else 0.001)

@@ -38,7 +38,7 @@ TREE = (
     "train/a.jpg",
     "train/b.PNG",
     "train/deep/c.jpg",
-    "train/_hidden.jpg",
+    "train/.hidden.jpg",
     "val/a.jpg",
     "val/d.png",
     "9.x",
@@ -63,7 +63,7 @@ LOCATIONS = [
     ("train/**/*.{jpg,PNG}", ["a.jpg", "b.PNG", "deep/c.jpg"]),
     ("t*/{a,deep/c}.jpg", ["train/a.jpg", "train/deep/c.jpg"]),
     ("train/{a.jpg,a.jpg,*.jpg}", ["a.jpg"]),
-    ("train/{a,_hidden}.jpg", ["_hidden.jpg", "a.jpg"]),
+    ("train/{a,.hidden}.jpg", [".hidden.jpg", "a.jpg"]),
     ("train/[ab].{jpg,PNG}", ["a.jpg", "b.PNG"]),
 ]
 

@@ -149,13 +149,8 @@ def score(
     shards = reader.shards(listing)
     others = None if columns is None else tuple(columns)
     wanted = Wanted(embedding_column, id_column, others, image_column)
-    encoder: Encoder | None = None
-    if reader.GIVES == "image":
-        encoder = _encoder(images, model_dir, folder)
-        where = {"source": listing.uri, "format": format_name, "columns": wanted.describe()}
-        made_from = {"images": where, **encoder.describe()}
-    else:
-        made_from = getattr(reader, "made_from", _nothing)(listing)
+    encoder = _encoder(images, model_dir, folder) if reader.GIVES == "image" else None
+    made_from = _made_from(reader, listing, encoder, format_name, wanted)
     # The published encoder's own embeddings are what they are, however odd the pictures.
     allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
     if encoder is None:
@@ -173,29 +168,12 @@ def score(
         job = _Job(run, reader, listing, head, wanted, progress, on_progress or _ignore, encoder)
         try:
             done += _run_all(job, todo, workers or _workers(reader), keep_going)
-            if not done:
-                name, why = min(progress.broken.items())
-                raise AestheticFilterError(
-                    f"{listing.uri}: none of its {len(shards):,} shards can be read; {name}: {why}"
-                )
-            counts = {
-                key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")
-            }
-            scored = counts["rows"] - counts["failed"]
-            if counts["foreign"] * 2 > scored and not allow_foreign:
-                raise foreign_source(listing, head, counts["foreign"], scored)
+            facts = _facts(job, done, allow_foreign=allow_foreign)
         except BaseException as error:
             with contextlib.suppress(AestheticFilterError):
                 run.write_run_file("incomplete", error=str(error) or type(error).__name__)
             raise
-        progress.broken |= {part.shard: part.cut for part in done if part.cut}
-        with job.lock:  # also where nothing was left to do
-            job._report()
-        broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
-        status = "complete" if not broken else "incomplete"
-        run.write_run_file(
-            status, shards=len(shards), broken_shards=broken, scored=scored, **counts
-        )
+        run.write_run_file("incomplete" if progress.broken else "complete", **facts)
     return open_scores(folder)
 
 
@@ -259,6 +237,41 @@ def _encoder(images: ImageOptions | None, model_dir: str | Path | None, folder: 
 
     so_far = (read_run_file(folder) or {}).get("encoder", {})
     return Encoder(images, model_dir=model_dir, precision=so_far.get("precision"))
+
+
+def _made_from(
+    reader: Format, listing: Source, encoder: Encoder | None, format_name: str, wanted: Wanted
+) -> dict[str, Any]:
+    """Where the images are that the scores begin with, and how they were embedded, if known."""
+    if encoder is None:
+        known: dict[str, Any] = getattr(reader, "made_from", _nothing)(listing)
+        return known
+    where = {"source": listing.uri, "format": format_name, "columns": wanted.describe()}
+    return {"images": where, **encoder.describe()}
+
+
+def _facts(job: _Job, done: list[Part], *, allow_foreign: bool) -> dict[str, Any]:
+    """What the run came to, once every shard has been tried.
+
+    Raises:
+        AestheticFilterError: no shard could be read.
+        ForeignEmbeddingsError: most rows are foreign after all.
+    """
+    progress, uri = job.progress, job.source.uri
+    if not done:
+        name, why = min(progress.broken.items())
+        raise AestheticFilterError(
+            f"{uri}: none of its {progress.shards:,} shards can be read; {name}: {why}"
+        )
+    counts = {key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")}
+    scored = counts["rows"] - counts["failed"]
+    if counts["foreign"] * 2 > scored and not allow_foreign:
+        raise foreign_source(job.source, job.head, counts["foreign"], scored)
+    progress.broken |= {part.shard: part.cut for part in done if part.cut}
+    with job.lock:  # also where nothing was left to do
+        job.report(progress)
+    broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
+    return {"shards": progress.shards, "broken_shards": broken, "scored": scored, **counts}
 
 
 def _workers(reader: Format) -> int:

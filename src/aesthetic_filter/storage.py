@@ -172,7 +172,7 @@ def list_source(location: str | os.PathLike[str]) -> Source:
     Braces stand for what a shell would make of them: ``{00000..00999}.tar``, ``{train,val}/*.jpg``.
 
     Files and folders whose name begins with ``.`` or ``_`` are left out, as Spark, Hive and Hugging
-    Face do, unless named outright.
+    Face do, unless named outright; but cameras begin names with ``_`` too, so images are not.
 
     Raises:
         SourceError: there is nothing, or something that the braces name is not there.
