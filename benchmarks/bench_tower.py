@@ -3,6 +3,7 @@
     python benchmarks/bench_tower.py            full size, random weights: about two minutes
     python benchmarks/bench_tower.py --quick    a tiny tower: does it run?
     python benchmarks/bench_tower.py --batches  images/s by batch size, which CPU_BATCH rests on
+    python benchmarks/bench_tower.py --agreement  how far embeddings are from transformers'
 
 Rivals take turns, round by round, so that a noisy moment hits all of them; figures are the medians
 of the rounds. The share is what the tower reaches of the rate of matrix products alone, round by
@@ -99,10 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny tower: does it run?")
     parser.add_argument("--batches", action="store_true", help="images/s by batch size")
+    parser.add_argument("--agreement", action="store_true", help="with transformers")
     asked = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if asked.batches:
         by_batch(asked.quick)
+        return
+    if asked.agreement:
+        agreement(asked.quick)
         return
     found = measure(asked.quick)
     print(
@@ -138,6 +143,36 @@ def by_batch(quick: bool) -> None:
                 if number:
                     times[count].append(count / seconds)
         print(f"  {name:<12}" + "".join(f"{median(v):>8.2f}" for v in times.values()))
+
+
+def agreement(quick: bool) -> None:
+    """How far embeddings are from transformers' in float32, and from another batch size's."""
+    size = TINY if quick else FULL
+    pixels = photographs(4)
+    with tempfile.TemporaryDirectory(prefix="aesthetic-filter-bench-") as folder:
+        path = write_clip(Path(folder) / "clip.safetensors", **size, text=False)
+        towers = {name: load_tower(path, precision=name) for name in ("float32", "bfloat16")}
+        theirs = transformers_tower(path, **size)
+    print(f"\n  {'':<12}{'cosine distance':>16}{'difference':>12}{'by batch of 1, 2, 3':>21}")
+    with torch.inference_mode():
+        wanted = torch.nn.functional.normalize(theirs(pixels), dim=-1).double()
+        for name, tower in towers.items():
+            found = tower(pixels)
+            distance = 1 - torch.cosine_similarity(found.double(), wanted)
+            moved = max((tower(pixels[:n]) - found[:n]).abs().max().item() for n in (1, 2, 3))
+            difference = (found - wanted).abs().max().item()
+            print(f"  {name:<12}{distance.max():>16.1e}{difference:>12.1e}{moved:>21.1e}")
+
+
+def photographs(count: int) -> torch.Tensor:
+    """(count, 224, 224, 3) uint8: real ones where there are some, else noise."""
+    from aesthetic_filter.clip.preprocess import preprocess
+
+    folder = Path(__file__).resolve().parents[2] / "shared" / "preprocess" / "images"
+    found = sorted(folder.glob("*.jpg"))[:count]
+    if len(found) < count:
+        return some_pixels(count)
+    return torch.from_numpy(np.stack([preprocess(path).values for path in found]))
 
 
 def flops(*, layers: int, width: int, mlp: int) -> float:
