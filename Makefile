@@ -6,7 +6,7 @@ CORE   := $(VENV)/.core
 DEV    := $(VENV)/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format bench bench-images heads clean
+.PHONY: demo test lint format bench bench-images bench-ray heads clean
 .DEFAULT_GOAL := test
 
 $(CORE): pyproject.toml constraints.txt
@@ -20,7 +20,7 @@ $(CORE): pyproject.toml constraints.txt
 $(DEV): $(CORE)
 	@echo "installing the development tools into $(VENV) (the first time takes some minutes)"
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' > $(VENV)/dev.txt
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[clip,s3]' -r $(VENV)/dev.txt
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[clip,ray,s3]' -r $(VENV)/dev.txt
 	@touch $@
 
 demo: $(CORE)       ## score the sample, filter it, show the result
@@ -44,9 +44,12 @@ bench: $(DEV)       ## speed, side by side, on this machine: a table, and bench.
 bench-images: $(DEV)  ## speed of embedding images on this machine: a table, and bench-images.json
 	@$(BIN)/python benchmarks/bench_images.py --json bench-images.json
 
+bench-ray: $(DEV)   ## the same work on this machine and on Ray: a table, and bench-ray.json
+	@$(BIN)/python benchmarks/bench_ray.py --json bench-ray.json $(if $(NEMO_PYTHON),--reference-python $(NEMO_PYTHON))
+
 heads: $(DEV)       ## fold the bundled heads again from their published checkpoints
 	@$(BIN)/python scripts/build_heads.py $(CHECKPOINTS)
 
 clean:              ## remove everything the other targets made
-	@rm -rf $(VENV) demo bench.json bench-images.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) demo bench.json bench-images.json bench-ray.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

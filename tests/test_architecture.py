@@ -34,6 +34,7 @@ ONLY_IN = {
     },
     "typer": {"cli.py"},
     "rich": {"cli.py"},
+    "ray": {"backends/ray.py"},
 }
 """Libraries, and the only files or folders that may import them."""
 
@@ -109,15 +110,15 @@ def test_libraries_are_imported_where_they_belong(relative: str) -> None:
         assert known, f"{relative}:{found.line} imports {found.module}, which is no dependency"
 
 
-LATE = {"clip/tower.py", "clip/reward.py", "clip/preprocess.py"}
-"""Modules that load torch or Pillow, and are loaded themselves only when they are needed."""
+LATE = {"clip/tower.py", "clip/reward.py", "clip/preprocess.py", "backends/ray.py"}
+"""Modules that load torch, Pillow or Ray, and are loaded themselves only when they are needed."""
 
 
 def test_torch_and_pillow_are_imported_only_when_they_are_needed() -> None:
     for relative in MODULES:
         for found in imports(relative):
             late = found.for_types or not found.at_module_level
-            if found.library in ("torch", "PIL"):
+            if found.library in ("torch", "PIL", "ray"):
                 assert late or relative in LATE, f"{relative}:{found.line}"
             name = found.module.removeprefix("aesthetic_filter.").replace(".", "/")
             if any(name.startswith(module.removesuffix(".py")) for module in LATE):
@@ -164,7 +165,31 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         ("clip/encoder.py", ("errors", "clip", "kernels")),
         ("filenames.py", ()),
         ("journal.py", ("clip", "table")),
-        ("embedding.py", ("clip", "journal", "table", "errors")),
+        ("images.py", ("table", "errors")),
+        ("scoring.py", ("heads", "table")),
+        ("progress.py", ("formats", "table")),
+        ("steps.py", ("guard", "heads", "scoring", "table", "errors")),
+        (
+            "embedding.py",
+            ("clip", "formats", "images", "journal", "storage", "table", "errors"),
+        ),
+        (
+            "stages.py",
+            (
+                *("clip", "embedding", "formats", "heads", "images", "scoring", "selection"),
+                *("steps", "storage", "table", "errors"),
+            ),
+        ),
+        ("arrangement.py", ("stages", "steps", "table", "errors")),
+        (
+            "backends/",
+            (
+                *("backends", "clip", "embedding", "formats", "heads", "journal", "kernels"),
+                *("prefetch", "progress", "run_folder", "scoring", "stages", "steps", "storage"),
+                *("table", "errors"),
+            ),
+        ),
+        ("result.py", ("progress", "table")),
         ("archive.py", ("formats", "storage", "filenames", "errors")),
         (
             "formats/",

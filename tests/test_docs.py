@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from images import run_python, write_tar
 
 TIMING = re.compile(r"[\d.]+ s, [\d,]+ rows/s")
 
@@ -103,6 +106,35 @@ def test_the_python_in_the_readme_runs(
     exec(code[0], names)
     assert np.asarray(names["scores"]).shape == (3,)
     assert (tmp_path / "kept" / "kept.parquet").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pipeline.md"])
+def test_the_pipeline_that_is_shown_runs(
+    repo: Path, tmp_path: Path, model_dir: Path, page: str
+) -> None:
+    blocks = re.findall(r"```py\n(.*?)```", (repo / page).read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "Pipeline([" in block]
+    script = [sys.executable, str(repo / "scripts/make_pictures.py"), "photos"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    pictures = sorted((tmp_path / "photos").rglob("*.jpg"))
+    tars = {
+        tmp_path / f"shards/{number}.tar": [
+            (picture.name, picture.read_bytes()) for picture in pictures[number::2]
+        ]
+        for number in range(2)
+    }
+    for tar, members in tars.items():
+        write_tar(tar, members)
+    there = {"s3://bucket/shards/*.tar": "shards/*.tar", "/models": str(model_dir)}
+    for shown, real in there.items():
+        assert shown in code
+        code = code.replace(shown, real)
+    ran = run_python(f"if __name__ == '__main__':\n{textwrap.indent(code, '    ')}", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert f"rows {len(pictures)} 100.0%" in " ".join(ran.stdout.split())
+    assert "ray, 2 shards from before" in ran.stdout
+    assert (tmp_path / "curated" / "00000.tar").exists()
+    assert (tmp_path / "curated-scores" / "1.tar.parquet").exists()
 
 
 def test_the_numbers_that_ship_are_in_the_notice(repo: Path) -> None:

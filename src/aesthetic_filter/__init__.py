@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from aesthetic_filter.heads import load_head as load_head
     from aesthetic_filter.heads import save_head as save_head
     from aesthetic_filter.heads.convert import convert as convert_head
-    from aesthetic_filter.pipeline import Progress as Progress
+    from aesthetic_filter.images import ImageBatch as ImageBatch
+    from aesthetic_filter.images import ImageObject as ImageObject
+    from aesthetic_filter.pipeline import Pipeline as Pipeline
     from aesthetic_filter.pipeline import score as score
+    from aesthetic_filter.progress import Progress as Progress
+    from aesthetic_filter.result import Result as Result
     from aesthetic_filter.scorer import ImageScorer as ImageScorer
     from aesthetic_filter.scorer import Ranked as Ranked
     from aesthetic_filter.scores import Scores as Scores
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from aesthetic_filter.scores import open_scores as open_scores
     from aesthetic_filter.selection.engine import Counts as Counts
     from aesthetic_filter.selection.engine import Selection as Selection
+    from aesthetic_filter.stages import ImageAestheticFilterStage as ImageAestheticFilterStage
+    from aesthetic_filter.stages import ImageEmbeddingStage as ImageEmbeddingStage
+    from aesthetic_filter.stages import ImageReaderStage as ImageReaderStage
+    from aesthetic_filter.stages import ImageWriterStage as ImageWriterStage
 
     __version__: str
 
@@ -45,10 +53,18 @@ _WHERE = {
     "WrongEmbeddingsError": "errors:WrongEmbeddingsError",
     "Counts": "selection.engine:Counts",
     "Head": "heads:Head",
+    "ImageAestheticFilterStage": "stages:ImageAestheticFilterStage",
+    "ImageBatch": "images:ImageBatch",
+    "ImageEmbeddingStage": "stages:ImageEmbeddingStage",
+    "ImageObject": "images:ImageObject",
     "ImageOptions": "clip.options:ImageOptions",
+    "ImageReaderStage": "stages:ImageReaderStage",
     "ImageScorer": "scorer:ImageScorer",
-    "Progress": "pipeline:Progress",
+    "ImageWriterStage": "stages:ImageWriterStage",
+    "Pipeline": "pipeline:Pipeline",
+    "Progress": "progress:Progress",
     "Ranked": "scorer:Ranked",
+    "Result": "result:Result",
     "Scores": "scores:Scores",
     "Selection": "selection.engine:Selection",
     "Summary": "scores:Summary",
@@ -65,10 +81,18 @@ __all__ = [  # noqa: RUF022  (as in _WHERE)
     "WrongEmbeddingsError",
     "Counts",
     "Head",
+    "ImageAestheticFilterStage",
+    "ImageBatch",
+    "ImageEmbeddingStage",
+    "ImageObject",
     "ImageOptions",
+    "ImageReaderStage",
     "ImageScorer",
+    "ImageWriterStage",
+    "Pipeline",
     "Progress",
     "Ranked",
+    "Result",
     "Scores",
     "Selection",
     "Summary",

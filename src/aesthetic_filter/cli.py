@@ -24,7 +24,7 @@ from aesthetic_filter.errors import AestheticFilterError, UsageError
 from aesthetic_filter.selection.rule import Modifiers, options
 
 if TYPE_CHECKING:
-    from aesthetic_filter.pipeline import Progress
+    from aesthetic_filter.progress import Progress
 
 BROKEN_SHARDS = 3
 INTERRUPTED = 130
@@ -204,6 +204,22 @@ def score(
     allow_truncated: Annotated[
         bool, typer.Option("--allow-truncated", help="Score what is there of truncated images.")
     ] = False,
+    backend: Annotated[
+        str, typer.Option(help="local: this machine; ray: a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The Ray cluster's; default: $RAY_ADDRESS, else a Ray on this machine.",
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="On Ray, of each worker that embeds; default: 0.25, if there are GPUs."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
 ) -> None:
     """Score images, or stored embeddings; interrupted, the same command again goes on."""
@@ -236,6 +252,9 @@ def score(
         keep_going=keep_going,
         overwrite=overwrite,
         workers=workers,
+        backend=backend,
+        ray_address=ray_address,
+        num_gpus_per_worker=gpus_per_worker,
     )
     if "://" not in source:
         _warn_if_incomplete(Path(source).expanduser())

@@ -7,10 +7,13 @@
     │   └── CutShortError                        it ends too early; what came before was read
     ├── ImageError                      exit 1   an image cannot be decoded
     ├── DownloadError                   exit 1   the hub did not give the file
+    ├── StageError                      exit 1   a stage of the user's own failed
+    ├── ClusterError                    exit 1   the Ray cluster cannot be reached, or used
     ├── UsageError                      exit 2   the request cannot be carried out as it was made
     │   ├── SourceError                          nothing there, or not a format known here
     │   ├── OutputError                          the output folder is taken, locked or unwritable
     │   ├── SelectionError                       a rule or a condition that makes no sense
+    │   ├── PipelineError                        stages that do not fit together
     │   ├── HeadError                            not a head, or one that does not fit
     │   │   └── ChecksumError                    the file is not the one that was published
     │   ├── WeightsError                         not the vision tower of CLIP ViT-L/14
@@ -49,6 +52,9 @@ class ShardError(AestheticFilterError):
         self.shard = shard
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[ShardError], tuple[str, str]]:
+        return type(self), (self.shard, self.reason)
+
 
 class CutShortError(ShardError):
     """A shard ends too early; the rows before that were read and are good."""
@@ -60,6 +66,14 @@ class ImageError(AestheticFilterError):
 
 class DownloadError(AestheticFilterError):
     """A file could not be fetched from the hub and is not in its cache."""
+
+
+class StageError(AestheticFilterError):
+    """A stage of the user's own raised an exception, or lost rows or columns."""
+
+
+class ClusterError(AestheticFilterError):
+    """The Ray cluster cannot be reached, or its machines lack what the work needs."""
 
 
 class UsageError(AestheticFilterError):
@@ -78,6 +92,10 @@ class OutputError(UsageError):
 
 class SelectionError(UsageError):
     """A selection rule that makes no sense, or a malformed ``where`` condition."""
+
+
+class PipelineError(UsageError):
+    """Stages that do not fit together: one needs what none before it gives."""
 
 
 class HeadError(UsageError):
@@ -100,8 +118,13 @@ class MissingExtraError(UsageError):
     """
 
     def __init__(self, need: str, extra: str) -> None:
+        self.need = need
+        self.extra = extra
         self.install = f'pip install "aesthetic-filter[{extra}]"'
         super().__init__(f"{need}; install it with:  {self.install}")
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self.need, self.extra)
 
 
 class WrongEmbeddingsError(AestheticFilterError):

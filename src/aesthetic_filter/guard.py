@@ -80,7 +80,7 @@ def check_source(
         raise foreign_source(source, head, foreign, len(together), float(np.median(together)))
 
 
-def check_space(head: Head, table: pa.Table, where: str) -> None:
+def check_space(head: Head, table: pa.Table, where: str = "") -> None:
     """Refuse embeddings stamped with another space than the head's.
 
     Raises:
@@ -90,7 +90,7 @@ def check_space(head: Head, table: pa.Table, where: str) -> None:
     space = json.loads(stamp).get("space") if stamp else None
     if space and space != head.space:
         raise SpaceError(
-            f"{where}: its embeddings are stamped {space}; "
+            f"{where}{': its' if where else 'its'} embeddings are stamped {space}; "
             f"the head {head.name!r} needs {head.space}"
         )
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aesthetic_filter.clip.encoder import Embedded
-from aesthetic_filter.table import EMBEDDING, HEIGHT, SHA256, WIDTH, column_vectors
+from aesthetic_filter.table import EMBEDDING, HEIGHT, SHA256, WIDTH, column_vectors, vectors_column
 
 _RECORD = np.dtype(
     [
@@ -65,13 +65,28 @@ class Journal:
             return Embedded(vectors[row], int(widths[row]), int(heights[row]), sha256)
         return None
 
+    def everything(self) -> pa.Table:
+        """All that is known: ``image_sha256``, ``width``, ``height``, ``embedding``."""
+        found = [self.find(sha256) for sha256 in (*self._places, *self._rows)]
+        there = [image for image in found if image is not None]
+        vectors = np.array([image.vector for image in there], np.float16).reshape(-1, 768)
+        return pa.table(
+            {
+                SHA256: pa.array([image.sha256 for image in there], pa.string()),
+                WIDTH: pa.array([image.width for image in there], pa.int32()),
+                HEIGHT: pa.array([image.height for image in there], pa.int32()),
+                EMBEDDING: vectors_column(vectors),
+            }
+        )
+
     def add(self, images: Iterable[Embedded]) -> None:
         """Append what was not known yet.
 
         Raises:
             OSError: the file cannot be written.
         """
-        new = [i for i in images if i.sha256 not in self._places and i.sha256 not in self._rows]
+        known = (self._places, self._rows)
+        new = [i for i in images if i.sha256 and not any(i.sha256 in there for there in known)]
         if not new:
             return
         records = np.zeros(len(new), _RECORD)

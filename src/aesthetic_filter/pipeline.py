@@ -1,34 +1,36 @@
-"""``score()``: from images or embeddings to a folder of scores. The whole flow on one screen."""
+"""``score()`` and :class:`Pipeline`: from images or embeddings to scores, and to what is kept.
+
+The whole flow on one screen: :func:`_measure` reads, embeds and scores, and leaves a folder of
+scores; :meth:`Pipeline.run` then chooses from it, and writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from itertools import islice
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import pyarrow as pa
-
-from aesthetic_filter import kernels
-from aesthetic_filter.clip.options import ImageOptions
-from aesthetic_filter.errors import (
-    AestheticFilterError,
-    OutputError,
-    ShardError,
-    SourceError,
-    WrongEmbeddingsError,
+from aesthetic_filter.arrangement import (
+    Arrangement,
+    arrange,
+    check_stage,
+    describe_stage,
+    stage_label,
 )
-from aesthetic_filter.formats import EmbeddingFormat, Format, Shard, Wanted, find_format
-from aesthetic_filter.guard import check_source, check_space, foreign_source
-from aesthetic_filter.heads import Head, load_head
-from aesthetic_filter.heads.head import wrong_width
-from aesthetic_filter.prefetch import prefetch
+from aesthetic_filter.backends import Plan, find_backend
+from aesthetic_filter.clip.options import ImageOptions
+from aesthetic_filter.errors import AestheticFilterError, OutputError, PipelineError
+from aesthetic_filter.formats import EmbeddingFormat, Format, Shard
+from aesthetic_filter.guard import check_source, foreign_source
+from aesthetic_filter.heads import Head
+from aesthetic_filter.progress import Progress, Recorder
+from aesthetic_filter.result import Result
 from aesthetic_filter.run_folder import (
     JOURNAL,
     Part,
@@ -38,51 +40,20 @@ from aesthetic_filter.run_folder import (
     provenance,
     read_part,
     read_run_file,
-    unwritable,
 )
-from aesthetic_filter.storage import Source, list_source
-from aesthetic_filter.table import (
-    COSINE,
-    EMBEDDING,
-    ERROR,
-    IMAGE_ID,
-    NORM,
-    SCORE,
-    column_vectors,
+from aesthetic_filter.stages import (
+    ImageAestheticFilterStage,
+    ImageEmbeddingStage,
+    ImageReaderStage,
+    Opened,
 )
+from aesthetic_filter.storage import Source
+from aesthetic_filter.table import EMBEDDING, IMAGE
 
 if TYPE_CHECKING:
-    from aesthetic_filter.clip.encoder import Encoder
     from aesthetic_filter.scores import Scores
 
-
-@dataclass
-class Progress:
-    """How far a run is; handed to ``on_progress`` again and again.
-
-    Attributes:
-        shards: how many there are.
-        reused: how many an earlier run had finished.
-        finished: how many are finished, the reused ones among them.
-        broken: shard name to reason, for those left behind (``keep_going``).
-        total_bytes: of all shards that this run has to read.
-        bytes: of those, how many are read, about.
-        rows: scored or failed in this run.
-        failed: of those, rows without a score.
-        embedded: images whose embeddings are kept, so that they are not embedded again.
-        notes: what else a person should know, such as a batch that did not fit into memory.
-    """
-
-    shards: int
-    reused: int
-    finished: int
-    broken: dict[str, str]
-    total_bytes: int
-    bytes: int = 0
-    rows: int = 0
-    failed: int = 0
-    embedded: int = 0
-    notes: list[str] = field(default_factory=list)
+logger = logging.getLogger("aesthetic_filter")
 
 
 def score(
@@ -101,6 +72,9 @@ def score(
     keep_going: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
+    backend: str = "local",
+    ray_address: str | None = None,
+    num_gpus_per_worker: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Scores:
     """Score every image, or every embedding, of a source; one output part for each of its shards.
@@ -125,6 +99,9 @@ def score(
         keep_going: record a broken shard and go on.
         overwrite: remove the scores that another run left in ``out``.
         workers: how many shards are worked on at once; default: the processors, for images 2.
+        backend: "local", or "ray": on a Ray cluster.
+        ray_address: the cluster's; default: ``RAY_ADDRESS``, else a Ray of our own.
+        num_gpus_per_worker: on Ray, what each worker that embeds holds: see ImageEmbeddingStage.
         on_progress: called after every batch, from any thread.
 
     Returns:
@@ -137,287 +114,231 @@ def score(
         DownloadError: images, and the encoder's weights are neither here nor to be had.
         MissingExtraError: something that is not installed is needed.
         ShardError: a shard is broken and ``keep_going`` is not set; finished parts stay.
+        ClusterError: the Ray cluster cannot be reached.
     """
+    reader = ImageReaderStage(
+        os.fspath(source), format, embedding_column, image_column, id_column, columns
+    )
+    embedding = ImageEmbeddingStage(
+        model_dir, num_gpus_per_worker=num_gpus_per_worker, options=images or ImageOptions()
+    )
+    scoring = ImageAestheticFilterStage(model_dir, score_threshold=None, head=head)
+    stages = Arrangement(reader, (), embedding, (), scoring, (), None)
+    scores, _ = _measure(
+        stages,
+        out,
+        allow_foreign=allow_foreign,
+        keep_going=keep_going,
+        overwrite=overwrite,
+        workers=workers,
+        backend=backend,
+        ray_address=ray_address,
+        on_progress=on_progress,
+    )
+    return scores
+
+
+class Pipeline:
+    """Stages in a row: a reader, what is done with each table, and perhaps a writer.
+
+    Args:
+        stages: an :class:`ImageReaderStage` first; an :class:`ImageEmbeddingStage`, where the
+            source has images; one :class:`ImageAestheticFilterStage`; an
+            :class:`ImageWriterStage` last, if there is one. Between them any number of your own:
+            picklable objects that are called with a ``pyarrow.Table`` and give one. They may add
+            columns and leave rows out; ``needs`` and ``gives`` say which columns they are about.
+        name: what the pipeline is called in :meth:`describe`.
+
+    Raises:
+        PipelineError: a stage needs what none before it gives.
+    """
+
+    def __init__(self, stages: Sequence[Any] = (), *, name: str = "pipeline") -> None:
+        self.name = name
+        self.stages: list[Any] = []
+        for stage in stages:
+            self.add_stage(stage)
+
+    def add_stage(self, stage: Any) -> Pipeline:
+        """Add a stage at the end; gives the pipeline itself.
+
+        Raises:
+            PipelineError: it does not fit there.
+        """
+        check_stage(self.stages, stage)
+        self.stages.append(stage)
+        return self
+
+    def describe(self) -> str:
+        """The stages with their resources, as text, one line each."""
+        lines = [f"{self.name}: {len(self.stages)} stages"]
+        rows = [(stage_label(stage), *describe_stage(stage)) for stage in self.stages]
+        widths = [max((len(row[place]) for row in rows), default=0) for place in range(4)]
+        for number, row in enumerate(rows, 1):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"  {number}  {'  '.join(cells)}".rstrip())
+        return "\n".join(lines)
+
+    def run(
+        self,
+        backend: str = "local",
+        *,
+        scores: str | os.PathLike[str] | None = None,
+        ray_address: str | None = None,
+        allow_foreign: bool = False,
+        keep_going: bool = False,
+        overwrite: bool = False,
+        workers: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """Run the stages over the whole source. Interrupted, the same again goes on.
+
+        Args:
+            backend: "local", or "ray": on a Ray cluster.
+            scores: the folder where every row's score is kept, dropped ones' too; default: beside
+                the writer's folder, as ``FOLDER-scores``; without a writer, a temporary one.
+            ray_address: the cluster's; default: ``RAY_ADDRESS``, else a Ray of our own.
+            allow_foreign: score vectors that do not look like the head's embedding space.
+            keep_going: record a broken shard and go on.
+            overwrite: remove the scores that another run left in ``scores``.
+            workers: how many shards are worked on at once; default: what suits the backend.
+            on_progress: called after every batch, from any thread.
+
+        Raises:
+            PipelineError: a stage is missing, or does not suit the source.
+            AestheticFilterError: as :func:`score`, and the writer's.
+        """
+        stages = arrange(self.stages)
+        started = time.monotonic()
+        temporary = None
+        if scores is None and stages.writer is not None:
+            folder = local_folder(stages.writer.output_dir)
+            scores = folder.with_name(f"{folder.name}-scores")
+        elif scores is None:
+            temporary = tempfile.mkdtemp(prefix="aesthetic-filter-")
+            scores = Path(temporary) / "scores"
+        measured, progress = _measure(
+            stages,
+            scores,
+            allow_foreign=allow_foreign,
+            keep_going=keep_going,
+            overwrite=overwrite,
+            workers=workers,
+            backend=backend,
+            ray_address=ray_address,
+            on_progress=on_progress,
+            strict=True,
+        )
+        if temporary is not None:
+            measured.delete_when_done(temporary)
+        threshold = stages.scoring.score_threshold
+        inside = threshold is None or stages.drops_inside
+        selection = measured.everything() if inside else measured.select(min_score=threshold)
+        written = None
+        if stages.writer is not None:
+            writer = stages.writer
+            written = selection.write(
+                writer.output_dir,
+                as_=writer.format,
+                with_dropped=writer.with_dropped,
+                shard_size=writer.shard_size,
+                link=writer.link,
+                score_in=writer.score_in,
+            )
+        seconds = time.monotonic() - started
+        kept = temporary is None
+        result = Result(measured, selection, threshold, written, progress, backend, seconds, kept)
+        if stages.scoring.verbose:
+            result.log()
+        if result.warning:
+            logger.warning("%s: result.summary() shows what others would keep", result.warning)
+        return result
+
+
+def _measure(
+    stages: Arrangement,
+    out: str | os.PathLike[str],
+    *,
+    allow_foreign: bool,
+    keep_going: bool,
+    overwrite: bool,
+    workers: int | None,
+    backend: str,
+    ray_address: str | None,
+    on_progress: Callable[[Progress], None] | None,
+    strict: bool = False,
+) -> tuple[Scores, Progress]:
+    """Read, embed, score: from a source to a folder of scores."""
     from aesthetic_filter.scores import open_scores
 
     folder = local_folder(out)
-    head = head if isinstance(head, Head) else load_head(head, model_dir=model_dir)
-    listing = list_source(source).without(folder)
-    if format is None and image_column is not None:
-        format = "parquet-images"
-    format_name, reader = find_format(listing, format)
-    shards = reader.shards(listing)
-    others = None if columns is None else tuple(columns)
-    wanted = Wanted(embedding_column, id_column, others, image_column)
-    encoder = _encoder(images, model_dir, folder) if reader.GIVES == "image" else None
-    made_from = _made_from(reader, listing, encoder, format_name, wanted)
-    # The published encoder's own embeddings are what they are, however odd the pictures.
-    allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
-    if encoder is None:
-        embeddings = cast(EmbeddingFormat, reader)
-        check_source(head, embeddings, listing, shards, wanted, allow_foreign=allow_foreign)
+    engine = find_backend(backend, workers=workers, ray_address=ray_address)
+    head = stages.scoring.loaded_head
+    opened = stages.reader.open(less=folder)
+    embedding = _embedding_for(stages, opened, folder, strict=strict)
+    with engine:
+        made_from: dict[str, Any] = getattr(opened.reader, "made_from", _nothing)(opened.source)
+        if embedding is not None:
+            columns = opened.wanted.describe()
+            where = {"source": opened.source.uri, "format": opened.format, "columns": columns}
+            made_from = {"images": where, **engine.describe(embedding)}
+        # The published encoder's own embeddings are what they are, however odd the pictures.
+        allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
+        if opened.reader.GIVES == EMBEDDING:
+            embeddings = cast(EmbeddingFormat, opened.reader)
+            listed = (opened.source, opened.shards, opened.wanted)
+            check_source(head, embeddings, *listed, allow_foreign=allow_foreign)
+        columns = opened.wanted.describe()
+        own = stages.identity()
+        identity = provenance(head, opened.source.uri, opened.format, columns, made_from, own)
+        with open_run_folder(folder, identity, overwrite=overwrite) as run:
+            done, todo = _what_is_left(run, opened.reader, opened.shards)
+            progress = Progress(
+                len(opened.shards), len(done), len(done), {}, sum(s.size for s in todo)
+            )
+            recorder = Recorder(progress, on_progress)
+            run.write_run_file("running")
+            before, after = stages.steps(keep_embeddings=opened.reader.GIVES == IMAGE)
+            images = stages.wants_images
+            plan = Plan(run, opened, before, embedding, after, head, images, recorder, keep_going)
+            try:
+                done += engine.run(plan, todo)
+                facts = _facts(plan, done, allow_foreign=allow_foreign)
+            except BaseException as error:
+                with contextlib.suppress(AestheticFilterError):
+                    run.write_run_file("incomplete", error=str(error) or type(error).__name__)
+                raise
+            run.write_run_file("incomplete" if progress.broken else "complete", **facts)
+    return open_scores(folder), progress
 
-    identity = provenance(head, listing.uri, format_name, wanted.describe(), made_from)
-    with (
-        encoder or contextlib.nullcontext(),
-        open_run_folder(folder, identity, overwrite=overwrite) as run,
-    ):
-        done, todo = _what_is_left(run, reader, shards)
-        progress = Progress(len(shards), len(done), len(done), {}, sum(s.size for s in todo))
-        run.write_run_file("running")
-        job = _Job(run, reader, listing, head, wanted, progress, on_progress or _ignore, encoder)
-        try:
-            done += _run_all(job, todo, workers or _workers(reader), keep_going)
-            facts = _facts(job, done, allow_foreign=allow_foreign)
-        except BaseException as error:
-            with contextlib.suppress(AestheticFilterError):
-                run.write_run_file("incomplete", error=str(error) or type(error).__name__)
-            raise
-        run.write_run_file("incomplete" if progress.broken else "complete", **facts)
-    return open_scores(folder)
 
-
-def score_table(table: pa.Table, head: Head, *, threads: int | None = None) -> tuple[pa.Table, int]:
-    """Score one batch.
-
-    Args:
-        table: ``image_id``, ``embedding`` and any other columns; where a row has an ``error``, that
-            is why it has no embedding.
-        head: the head.
-        threads: how many may share the rows.
-
-    Returns:
-        The table with ``aesthetic_score``, ``error``, ``embedding_norm`` and ``reference_cosine``
-        instead of ``embedding``, and how many of its rows look foreign. A failed row has an
-        error and nulls.
+def _embedding_for(
+    stages: Arrangement, opened: Opened, folder: Path, *, strict: bool
+) -> ImageEmbeddingStage | None:
+    """The embedding stage, as precise as the run it goes on with; None if there is nothing for it.
 
     Raises:
-        WidthError: the vectors have another width than the head's.
+        PipelineError: (strict) it does not suit the source.
     """
-    vectors, problems = column_vectors(table.column(EMBEDDING), head.width)
-    errors = _given_errors(table)
-    errors = {**problems, **errors}
-    if vectors.shape[1] != head.width and table.num_rows:
-        raise wrong_width(vectors.shape[1], head)
-    vectors = vectors.reshape(-1, head.width)
-    measured = head.measure(vectors, threads=threads)
-    for row in np.flatnonzero(measured.failed).tolist():
-        errors.setdefault(row, measured.error(row) or "")
-    failed: Any = None
-    reasons: Any = pa.nulls(table.num_rows, pa.string())
-    if errors:
-        failed = np.zeros(table.num_rows, np.bool_)
-        failed[list(errors)] = True
-        reasons = pa.array([errors.get(row) for row in range(table.num_rows)], pa.string())
-    results = {
-        SCORE: pa.array(measured.scores, mask=failed),
-        ERROR: reasons,
-        NORM: pa.array(measured.norms, mask=failed),
-        COSINE: pa.array(measured.cosines, mask=failed),
-    }
-    kept = [name for name in table.column_names if name not in (IMAGE_ID, EMBEDDING, ERROR)]
-    carried = {name: table.column(name) for name in kept}
-    scored = pa.table({IMAGE_ID: table.column(IMAGE_ID), **results, **carried})
-    return scored, int(np.count_nonzero(head.foreign(measured.cosines)))
-
-
-def _given_errors(table: pa.Table) -> dict[int, str]:
-    """Row to reason, for the rows that came with one."""
-    if ERROR not in table.column_names:
-        return {}
-    column = table.column(ERROR)
-    if column.null_count == len(column):
-        return {}
-    return {row: why for row, why in enumerate(column.to_pylist()) if why is not None}
-
-
-def _encoder(images: ImageOptions | None, model_dir: str | Path | None, folder: Path) -> Encoder:
-    """The encoder for a run: as precise as the one it goes on with, unless that was said."""
-    from aesthetic_filter.clip.encoder import Encoder
-
-    so_far = (read_run_file(folder) or {}).get("encoder", {})
-    return Encoder(images, model_dir=model_dir, precision=so_far.get("precision"))
-
-
-def _made_from(
-    reader: Format, listing: Source, encoder: Encoder | None, format_name: str, wanted: Wanted
-) -> dict[str, Any]:
-    """Where the images are that the scores begin with, and how they were embedded, if known."""
-    if encoder is None:
-        known: dict[str, Any] = getattr(reader, "made_from", _nothing)(listing)
-        return known
-    where = {"source": listing.uri, "format": format_name, "columns": wanted.describe()}
-    return {"images": where, **encoder.describe()}
-
-
-def _facts(job: _Job, done: list[Part], *, allow_foreign: bool) -> dict[str, Any]:
-    """What the run came to, once every shard has been tried.
-
-    Raises:
-        AestheticFilterError: no shard could be read.
-        ForeignEmbeddingsError: most rows are foreign after all.
-    """
-    progress, uri = job.progress, job.source.uri
-    if not done:
-        name, why = min(progress.broken.items())
-        raise AestheticFilterError(
-            f"{uri}: none of its {progress.shards:,} shards can be read; {name}: {why}"
-        )
-    counts = {key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")}
-    scored = counts["rows"] - counts["failed"]
-    if counts["foreign"] * 2 > scored and not allow_foreign:
-        raise foreign_source(job.source, job.head, counts["foreign"], scored)
-    progress.broken |= {part.shard: part.cut for part in done if part.cut}
-    with job.lock:  # also where nothing was left to do
-        job.report(progress)
-    broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
-    return {"shards": progress.shards, "broken_shards": broken, "scored": scored, **counts}
-
-
-def _workers(reader: Format) -> int:
-    """Shards worked on at once; of images two, so that the end of one idles no device."""
-    return 2 if reader.GIVES == "image" else kernels.default_threads()
-
-
-def _nothing(_: Source) -> dict[str, Any]:
-    return {}
-
-
-@dataclass
-class _Job:
-    """What the workers share."""
-
-    run: RunFolder
-    reader: Format
-    source: Source
-    head: Head
-    wanted: Wanted
-    progress: Progress
-    report: Callable[[Progress], None]
-    encoder: Encoder | None = None
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.encoder:
-            self.encoder.on_note = self.note
-        self.stop = threading.Event()
-        self.lock = threading.Lock()
-        self.under_way: dict[str, int] = {}  # shard name to bytes read of it, about
-        self.bytes_done = 0
-
-    def score_shard(self, shard: Shard) -> Part:
-        try:
-            if self.encoder:
-                return self._score_images(shard, self.encoder)
-            tables = self._tables(shard)
-            scored = (self._score(shard, table, table.nbytes) for table in tables)
-            return self.run.write_part(shard.name, shard.version, scored)
-        except WrongEmbeddingsError as error:
-            raise type(error)(f"{shard.name}: {error}") from None
-
-    def _score_images(self, shard: Shard, encoder: Encoder) -> Part:
-        from aesthetic_filter.clip.encoder import StoppedError
-        from aesthetic_filter.embedding import embed_tables
-
-        journal = self.run.journal(shard.name)
-        try:
-            tables = embed_tables(self._tables(shard), encoder, journal)
-            scored = (self._score(shard, table, read) for table, read in tables)
-            part = self.run.write_part(shard.name, shard.version, scored)
-        except StoppedError:
-            raise _StoppedError from None
-        finally:
-            journal.close()
-        journal.remove()
-        return part
-
-    def _tables(self, shard: Shard) -> Iterator[pa.Table]:
-        tables = self.reader.read(self.source, shard, self.wanted)
-        for table in tables if self.source.is_local else prefetch(tables):
-            if self.stop.is_set():
-                raise _StoppedError
-            yield table
-
-    def _score(self, shard: Shard, table: pa.Table, read: int) -> tuple[pa.Table, int]:
-        if self.stop.is_set():
-            raise _StoppedError
-        check_space(self.head, table, shard.name)
-        scored, foreign = score_table(table, self.head, threads=self.threads)
-        if self.encoder:  # what was costly stays
-            scored = scored.append_column(EMBEDDING, table.column(EMBEDDING))
-        with self.lock:
-            # A compressed shard gives more bytes than it has: it counts as whole when it is.
-            read += self.under_way.get(shard.name, 0)
-            self.under_way[shard.name] = min(read, shard.size)
-            self.progress.rows += scored.num_rows
-            self.progress.failed += scored.column(SCORE).null_count
-            if self.encoder:
-                self.progress.embedded += len(table) - table.column(EMBEDDING).null_count
-            self._report()
-        return scored, foreign
-
-    def note(self, line: str) -> None:
-        with self.lock:
-            self.progress.notes.append(line)
-            self._report()
-
-    def shard_done(self, shard: Shard) -> None:
-        with self.lock:
-            self.under_way.pop(shard.name, None)
-            self.bytes_done += shard.size
-            self._report()
-
-    def _report(self) -> None:
-        self.progress.bytes = self.bytes_done + sum(self.under_way.values())
-        self.report(self.progress)
-
-
-class _StoppedError(Exception):
-    """Raised in a worker to give up its shard because the run is ending."""
-
-
-def _run_all(job: _Job, shards: list[Shard], workers: int, keep_going: bool) -> list[Part]:
-    """Score the shards, several at a time; the first failure ends the run unless ``keep_going``."""
-    parts = []
-    waiting: dict[Future[Part], Shard] = {}
-    workers = max(1, min(workers, len(shards)))
-    job.threads = max(1, kernels.default_threads() // workers)
-    left = iter(shards)
-    with ThreadPoolExecutor(workers, thread_name_prefix="aesthetic-filter-shard") as pool:
-        try:
-            waiting = {pool.submit(job.score_shard, s): s for s in islice(left, 2 * workers)}
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    shard = waiting.pop(future)
-                    part = _result(job, shard, future, keep_going)
-                    if part is not None:
-                        parts.append(part)
-                        job.progress.finished += 1
-                    job.shard_done(shard)
-                    waiting |= {pool.submit(job.score_shard, s): s for s in islice(left, 1)}
-        finally:
-            job.stop.set()
-            if job.encoder:
-                job.encoder.close()
-            pool.shutdown(wait=True, cancel_futures=True)
-            # Interrupted: some may have been finished while the others were given up.
-            whole = [f for f in waiting if not f.cancelled() and f.exception() is None]
-            job.progress.finished += len(whole)
-    return parts
-
-
-def _result(job: _Job, shard: Shard, future: Future[Part], keep_going: bool) -> Part | None:
-    """A shard's part; None where the shard is broken and that is put up with."""
-    try:
-        return future.result()
-    except (ShardError, SourceError, WrongEmbeddingsError) as error:
-        if not keep_going:
-            raise
-        job.progress.broken[shard.name] = getattr(error, "reason", str(error))
-        job.run.part_path(shard.name).unlink(missing_ok=True)  # of what the shard was before
+    embedding, uri = stages.embedding, opened.source.uri
+    if opened.reader.GIVES == EMBEDDING:
+        if embedding is not None and strict:
+            raise PipelineError(
+                f"{uri}: has embeddings ({opened.format}), and ImageEmbeddingStage needs images; "
+                "leave it out"
+            )
         return None
-    except OSError as error:
-        raise unwritable(job.run.path, error) from None
+    if embedding is None:
+        if not stages.gives_embeddings:
+            raise PipelineError(
+                f"{uri}: has images ({opened.format}), and ImageAestheticFilterStage needs "
+                "embeddings: put an ImageEmbeddingStage before it"
+            )
+        return None
+    so_far = (read_run_file(folder) or {}).get("encoder", {}).get("precision")
+    if so_far is None or embedding.options.precision != "auto":
+        return embedding
+    return replace(embedding, options=replace(embedding.options, precision=so_far))
 
 
 def _what_is_left(
@@ -449,5 +370,28 @@ def _what_is_left(
     return done, todo
 
 
-def _ignore(_: Progress) -> None:
-    pass
+def _facts(plan: Plan, done: list[Part], *, allow_foreign: bool) -> dict[str, Any]:
+    """What the run came to, once every shard has been tried.
+
+    Raises:
+        AestheticFilterError: no shard could be read.
+        ForeignEmbeddingsError: most rows are foreign after all.
+    """
+    progress, source = plan.recorder.progress, plan.opened.source
+    if not done:
+        name, why = min(progress.broken.items())
+        raise AestheticFilterError(
+            f"{source.uri}: none of its {progress.shards:,} shards can be read; {name}: {why}"
+        )
+    counts = {key: sum(p.counts[key] for p in done) for key in ("rows", "failed", "foreign")}
+    scored = counts["rows"] - counts["failed"]
+    if counts["foreign"] * 2 > scored and not allow_foreign:
+        raise foreign_source(source, plan.head, counts["foreign"], scored)
+    progress.broken |= {part.shard: part.cut for part in done if part.cut}
+    plan.recorder.report()  # also where nothing was left to do
+    broken = [{"shard": name, "error": why} for name, why in sorted(progress.broken.items())]
+    return {"shards": progress.shards, "broken_shards": broken, "scored": scored, **counts}
+
+
+def _nothing(_: Source) -> dict[str, Any]:
+    return {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -241,9 +241,9 @@ def _differences(
 ) -> Iterator[tuple[str, object, object]]:
     if found.get("head", {}).get("sha256") != asked["head"]["sha256"]:
         yield "head", found.get("head", {}).get("name"), asked["head"]["name"]
-    for key in ("schema_version", "source", "format", "columns"):
-        if found.get(key) != asked[key]:
-            yield key.replace("_", " "), found.get(key), asked[key]
+    for key in ("schema_version", "source", "format", "columns", "stages"):
+        if found.get(key) != asked.get(key):
+            yield key.replace("_", " "), found.get(key), asked.get(key)
     for key in ("encoder", "preprocessing"):
         there, wanted = found.get(key) or {}, asked.get(key) or {}
         for name in sorted({*there, *wanted}):
@@ -361,11 +361,13 @@ def provenance(
     format_name: str,
     columns: Mapping[str, Any],
     made_from: Mapping[str, Any] | None = None,
+    stages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What makes a run what it is, as it stands in ``_run.json`` and in every part.
 
     ``made_from`` says of scores that began with images where these are ("images"), and how they
-    were embedded ("encoder", "preprocessing").
+    were embedded ("encoder", "preprocessing"). ``stages`` are a pipeline's own, by what they call
+    themselves.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -376,4 +378,5 @@ def provenance(
         "format": format_name,
         "columns": dict(columns),
         **(made_from or {}),
+        **({"stages": list(stages)} if stages else {}),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,7 +20,7 @@ from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote
 from aesthetic_filter.errors import OutputError, SelectionError
 from aesthetic_filter.heads.head import FOREIGN_BELOW
 from aesthetic_filter.run_folder import RUN_FILE, list_parts, read_run_file
-from aesthetic_filter.selection.engine import Selection
+from aesthetic_filter.selection.engine import Selection, check_selection
 from aesthetic_filter.selection.output import SELECTION_FILE
 from aesthetic_filter.selection.rule import Rule
 from aesthetic_filter.selection.rules.max_score import MaxScore
@@ -27,7 +29,7 @@ from aesthetic_filter.selection.rules.sample import Sample
 from aesthetic_filter.selection.rules.top import Top
 from aesthetic_filter.selection.rules.where import Where
 from aesthetic_filter.storage import natural_order
-from aesthetic_filter.table import COSINE, EMBEDDING, ERROR, METADATA_KEY, NORM, SCORE
+from aesthetic_filter.table import COSINE, DROPPED_BY, EMBEDDING, ERROR, METADATA_KEY, NORM, SCORE
 
 PERCENTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 
@@ -75,19 +77,7 @@ class Summary:
         ]
         lines += [f"    {why:<38}{count:>14,}" for why, count in self.failures.items()]
         if self.scored:
-            lines += [
-                "",
-                f"score           mean {self.mean:.3f}, "
-                f"from {self.lowest:.3f} to {self.highest:.3f}",
-                "  percentile  " + "".join(f"{p:>8.0%}" for p in self.percentiles),
-                "  score       " + "".join(f"{s:>8.3f}" for s in self.percentiles.values()),
-                "",
-                "a threshold of        would keep",
-            ]
-            lines += [
-                f"  {threshold:>8g}        {kept:>14,}{kept / total:>9.1%}"
-                for threshold, kept in self.thresholds.items()
-            ]
+            lines += ["", self.distribution()]
         if self.norms:
             low, middle, high = self.norms
             lines += ["", f"norms           {low:.4g} to {high:.4g}, median {middle:.4g}"]
@@ -117,6 +107,22 @@ class Summary:
                 "the same `aesthetic-filter score` goes on with it",
             ]
         lines += [f"  broken shard  {name}: {why}" for name, why in self.broken.items()]
+        return "\n".join(lines)
+
+    def distribution(self) -> str:
+        """The scores' percentiles, and what each threshold would keep, as text."""
+        total = max(self.rows, 1)
+        lines = [
+            f"score           mean {self.mean:.3f}, from {self.lowest:.3f} to {self.highest:.3f}",
+            "  percentile  " + "".join(f"{p:>8.0%}" for p in self.percentiles),
+            "  score       " + "".join(f"{s:>8.3f}" for s in self.percentiles.values()),
+            "",
+            "a threshold of        would keep",
+        ]
+        lines += [
+            f"  {threshold:>8g}        {kept:>14,}{kept / total:>9.1%}"
+            for threshold, kept in self.thresholds.items()
+        ]
         return "\n".join(lines)
 
 
@@ -200,7 +206,12 @@ class Scores:
             chosen.append(Top(share=Fraction(str(top_fraction)), per=per))
         if sample is not None:
             chosen.append(Sample(sample, seed, per))
+        check_selection(chosen)
         return Selection(self._database, chosen, self.provenance)
+
+    def everything(self) -> Selection:
+        """All rows that have a score."""
+        return Selection(self._database, (), self.provenance)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, in the order of the source, as one table in memory.
@@ -240,9 +251,10 @@ class Scores:
             f"SELECT count(*), avg({SCORE}), min({SCORE}), max({SCORE}), {foreign} "
             f"FROM {scored_rows}"
         )
+        by_stage = f"'dropped by ' || {DROPPED_BY}, " if "stages" in self.provenance else ""
         failures = dict(
             ask.rows(
-                f"SELECT coalesce({ERROR}, 'no score'), count(*) FROM {ROWS} "
+                f"SELECT coalesce({ERROR}, {by_stage}'no score'), count(*) FROM {ROWS} "
                 f"WHERE NOT {SCORED} GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )
@@ -273,6 +285,10 @@ class Scores:
             status=run.get("status", ""),
             provenance=self.provenance,
         )
+
+    def delete_when_done(self, folder: str) -> None:
+        """Delete a folder once neither these scores nor anything chosen from them is in use."""
+        weakref.finalize(self._database, shutil.rmtree, folder, ignore_errors=True)
 
     @cached_property
     def _run_file(self) -> dict[str, Any] | None:

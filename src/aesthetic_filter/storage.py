@@ -146,14 +146,14 @@ class Source:
             MissingExtraError: the URI's scheme needs a package that is not installed.
         """
         address = self.resolve(path, beside)
-        local = local_path(address)
-        if local is not None:
-            return _read_local(local, largest)
-        scheme = address.partition("://")[0]
         protocols = self.filesystem.protocol
-        own = scheme in ((protocols,) if isinstance(protocols, str) else protocols)
-        filesystem = self.filesystem if own else _file_system(scheme)
-        return _read_remote(filesystem, filesystem._strip_protocol(address), None, largest)
+        own = address.partition("://")[0] in (
+            (protocols,) if isinstance(protocols, str) else protocols
+        )
+        if not own or local_path(address) is not None:
+            return read_address(address, largest)
+        path = self.filesystem._strip_protocol(address)
+        return _read_remote(self.filesystem, path, None, largest)
 
     @property
     def is_local(self) -> bool:
@@ -470,6 +470,20 @@ def local_path(address: str) -> str | None:
     if "://" not in address:
         return address
     return address.partition("://")[2] if address.startswith("file://") else None
+
+
+def read_address(address: str, largest: int) -> bytes:
+    """All bytes of the file that a path on this machine, or a URI, stands for.
+
+    Raises:
+        ImageError: it is gone, too large, or cannot be read; the message is the reason.
+        MissingExtraError: the URI's scheme needs a package that is not installed.
+    """
+    local = local_path(address)
+    if local is not None:
+        return _read_local(local, largest)
+    filesystem = _file_system(address.partition("://")[0])
+    return _read_remote(filesystem, filesystem._strip_protocol(address), None, largest)
 
 
 @cache

@@ -14,6 +14,7 @@ from aesthetic_filter.errors import WrongEmbeddingsError
 IMAGE_ID = "image_id"
 IMAGE_PATH = "image_path"
 IMAGE = "image"
+IMAGE_DATA = "image_data"
 WIDTH = "width"
 HEIGHT = "height"
 SHA256 = "image_sha256"
@@ -22,6 +23,7 @@ SCORE = "aesthetic_score"
 ERROR = "error"
 NORM = "embedding_norm"
 COSINE = "reference_cosine"
+DROPPED_BY = "dropped_by"
 
 RESULT_COLUMNS = {
     SCORE: pa.float32(),

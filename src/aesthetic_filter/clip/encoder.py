@@ -51,6 +51,19 @@ class Embedded:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """An image that was decoded elsewhere.
+
+    Attributes:
+        pixels: what the encoder sees of it.
+        sha256: of the encoded bytes, in hex; "" where there were none.
+    """
+
+    pixels: Pixels
+    sha256: str
+
+
 class Encoder:
     """CLIP ViT-L/14 behind a queue. Nothing is loaded before the first image.
 
@@ -78,18 +91,11 @@ class Encoder:
         precision: str | None = None,
         quiet: bool = False,
     ) -> None:
-        from aesthetic_filter.clip.preprocess import Preprocessing
         from aesthetic_filter.clip.tower import DTYPES, choose_precision, resolve_device
         from aesthetic_filter.clip.weights import encoder_weights
 
         self.options = options = options or ImageOptions()
-        chosen = {"max_pixels": options.max_pixels} if options.max_pixels is not None else {}
-        self.preprocessing: Preprocessing = Preprocessing(
-            decode=options.decode,
-            exif=options.exif,
-            allow_truncated=options.allow_truncated,
-            **chosen,
-        )
+        self.preprocessing = preprocessing_for(options)
         if options.precision not in ("auto", *DTYPES):
             known = ", ".join(("auto", *DTYPES))
             raise UsageError(f"there is no precision {options.precision!r}; there are: {known}")
@@ -136,7 +142,8 @@ class Encoder:
         """Embed an image, sooner or later.
 
         Args:
-            image: encoded bytes, a path, a PIL image or an array, as ``preprocess`` takes them.
+            image: encoded bytes, a path, a PIL image or an array, as ``preprocess`` takes them; or
+                one that was decoded elsewhere.
             known: asked with the sha256 of encoded bytes; what it gives is the answer, and the
                 image is not decoded.
 
@@ -145,6 +152,9 @@ class Encoder:
         """
         self._start()
         future: Future[Embedded] = Future()
+        if isinstance(image, Decoded):
+            self._queue.put(_Job(image.pixels, image.sha256, future))
+            return future
         try:
             task = self._decoders.submit(self._decode, image, known, future)
         except RuntimeError:  # closed since
@@ -156,6 +166,10 @@ class Encoder:
 
         task.add_done_callback(given_up)
         return future
+
+    def start(self) -> None:
+        """Load the weights now, rather than with the first image."""
+        self._start()
 
     def close(self) -> None:
         """Stop at once: what has not been embedded is given up."""
@@ -225,6 +239,19 @@ class Encoder:
             self._queue.put(_Job(preprocess(image, self.preprocessing), digest, future))
         except BaseException as error:  # whatever it is, it belongs to whoever asked
             future.set_exception(error)
+
+
+def preprocessing_for(options: ImageOptions) -> Preprocessing:
+    """How images are decoded, of all the options."""
+    from aesthetic_filter.clip.preprocess import Preprocessing
+
+    chosen = {"max_pixels": options.max_pixels} if options.max_pixels is not None else {}
+    return Preprocessing(
+        decode=options.decode,
+        exif=options.exif,
+        allow_truncated=options.allow_truncated,
+        **chosen,
+    )
 
 
 class StoppedError(Exception):

@@ -231,6 +231,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Where, and in what precision.
 
 
+def use_processors(count: int) -> None:
+    """Let the products on this machine's processors have so many threads."""
+    torch.set_num_threads(count)
+
+
 def resolve_device(name: str) -> list[torch.device]:
     """The devices that a name stands for.
 

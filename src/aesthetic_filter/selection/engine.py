@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,12 @@ from aesthetic_filter.run_folder import local_folder
 from aesthetic_filter.selection.images import kept_images
 from aesthetic_filter.selection.output import ROW_FILES, replaced
 from aesthetic_filter.selection.rule import Rule
-from aesthetic_filter.table import METADATA_KEY, printable
+from aesthetic_filter.table import DROPPED_BY, METADATA_KEY, printable
 
-DROPPED_BY = "dropped_by"
+_FATE = "__fate"
+"""NULL: kept so far; otherwise the number of the rule that dropped the row, or one of these."""
 
-_FATE = "__fate"  # NULL: kept so far; -1: failed; otherwise the number of the rule that dropped it
+_FAILED, _BY_STAGE = -1, -2
 _numbers = itertools.count()
 
 
@@ -86,15 +87,18 @@ class Selection:
     def __init__(
         self, database: Database, rules: Sequence[Rule], provenance: Mapping[str, Any]
     ) -> None:
-        check_selection(rules)
         self.rules = tuple(sorted(rules, key=lambda rule: rule.order))
         self._database = database
         self._provenance = provenance
+        # A pipeline's own stages may have dropped rows; elsewhere the column is somebody's own.
+        self._by_stage = "stages" in provenance and DROPPED_BY in database.columns
         self._decided = self._decide()
 
     def _decide(self) -> str:
         """A parenthesised query of all rows with their fate, one rule around the other."""
-        decided = f"(SELECT *, CASE WHEN NOT {SCORED} THEN -1 END AS {_FATE} FROM {ROWS})"
+        by_stage = f"WHEN {DROPPED_BY} IS NOT NULL THEN {_BY_STAGE}" if self._by_stage else ""
+        fate = f"CASE {by_stage} WHEN NOT {SCORED} THEN {_FAILED} END"
+        decided = f"(SELECT *, {fate} AS {_FATE} FROM {ROWS})"
         for number, rule in enumerate(self.rules):
             survivors = f"(SELECT * FROM {decided} WHERE {_FATE} IS NULL)"
             scratch = f"rule_{next(_numbers)}"
@@ -122,13 +126,18 @@ class Selection:
                 )
             }
         dropped: dict[str, int] = {}
+        if self._by_stage:
+            dropped |= self._database.rows(
+                f"SELECT {DROPPED_BY}, count(*) FROM {self._decided} WHERE {_FATE} = {_BY_STAGE} "
+                "GROUP BY 1 ORDER BY 2 DESC, 1"
+            )
         for number, rule in enumerate(self.rules):  # two rules may have the same label
             dropped[rule.label] = dropped.get(rule.label, 0) + by_fate.get(number, 0)
         return Counts(
             rows=sum(by_fate.values()),
             kept=by_fate.get(None, 0),
             dropped=dropped,
-            failed=by_fate.get(-1, 0),
+            failed=by_fate.get(_FAILED, 0),
             groups=groups,
         )
 
@@ -141,7 +150,7 @@ class Selection:
 
     def table(self) -> pa.Table:
         """The kept rows, in the order of the source, as one table in memory."""
-        batches = list(self._database.stream(self._query("kept")))
+        batches = list(self.batches())
         if not batches:
             return self._empty("kept")
         return pa.Table.from_batches(batches)
@@ -181,7 +190,7 @@ class Selection:
         """
         folder = local_folder(folder)
         options = ImageOutput(shard_size, link, score_in)
-        check_selection(self.rules, as_, options)
+        check_output(as_, options)
         image_writer = image_writers().get(as_)
         if image_writer and ("images" in self._provenance or as_ != "parquet"):
             self._write_images(folder, image_writer, options, with_dropped, source)
@@ -191,6 +200,10 @@ class Selection:
             for name in ROW_FILES if with_dropped else ROW_FILES[:1]:
                 self._write_rows(staging / f"{name}{writer.ENDING}", name, writer)
         return folder / f"{ROW_FILES[0]}{writer.ENDING}"
+
+    def batches(self, fate: str = "kept") -> Iterator[pa.RecordBatch]:
+        """The rows that are "kept", "dropped" (with ``dropped_by``) or "failed", however many."""
+        return self._database.stream(self._query(fate))
 
     def _write_images(
         self,
@@ -209,7 +222,7 @@ class Selection:
                 self._write_rows(staging / f"_{name}{index.ENDING}", name, index)
 
     def _write_rows(self, path: Path, fate: str, writer: Writer) -> None:
-        writer.write(path, self._schema(fate), self._database.stream(self._query(fate)))
+        writer.write(path, self._schema(fate), self.batches(fate))
 
     def describe(self) -> dict[str, Any]:
         """The selection as plain data: its rules, its counts, and where the scores come from."""
@@ -231,12 +244,13 @@ class Selection:
         if fate == "kept":
             return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} IS NULL {order}"
         if fate == "failed":
-            return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} = -1 {order}"
+            return f"SELECT {columns} FROM {self._decided} WHERE {_FATE} = {_FAILED} {order}"
         names = " ".join(f"WHEN {n} THEN {text(rule.label)}" for n, rule in enumerate(self.rules))
+        names += f" WHEN {_BY_STAGE} THEN {DROPPED_BY if self._by_stage else 'NULL'}"
         columns = ", ".join(quote(name) for name in self._database.columns if name != DROPPED_BY)
         return (
             f"SELECT {columns}, CASE {_FATE} {names} END AS {DROPPED_BY} "
-            f"FROM {self._decided} WHERE {_FATE} >= 0 {order}"
+            f"FROM {self._decided} WHERE {_FATE} >= 0 OR {_FATE} = {_BY_STAGE} {order}"
         )
 
     def _empty(self, fate: str) -> pa.Table:
@@ -276,6 +290,15 @@ def check_selection(
         raise SelectionError(
             "a selection needs at least one rule, such as --min-score 5.5 or --top 10%"
         )
+    check_output(as_, options)
+
+
+def check_output(as_: str, options: ImageOutput) -> None:
+    """Refuse a way of writing that there is not.
+
+    Raises:
+        OutputError: nothing is written like that, or an option means nothing for it.
+    """
     heeded: Sequence[str] = ()
     if as_ in image_writers():
         heeded = image_writers()[as_].IMAGE_OPTIONS
