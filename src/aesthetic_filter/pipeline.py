@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -217,18 +218,23 @@ class Pipeline:
         elif scores is None:
             temporary = tempfile.mkdtemp(prefix="aesthetic-filter-")
             scores = Path(temporary) / "scores"
-        measured, progress = _measure(
-            stages,
-            scores,
-            allow_foreign=allow_foreign,
-            keep_going=keep_going,
-            overwrite=overwrite,
-            workers=workers,
-            backend=backend,
-            ray_address=ray_address,
-            on_progress=on_progress,
-            strict=True,
-        )
+        try:
+            measured, progress = _measure(
+                stages,
+                scores,
+                allow_foreign=allow_foreign,
+                keep_going=keep_going,
+                overwrite=overwrite,
+                workers=workers,
+                backend=backend,
+                ray_address=ray_address,
+                on_progress=on_progress,
+                strict=True,
+            )
+        except BaseException:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if temporary is not None:
             measured.delete_when_done(temporary)
         threshold = stages.scoring.score_threshold

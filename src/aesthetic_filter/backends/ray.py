@@ -194,7 +194,8 @@ class RayBackend:
         else:
             # One for each node, on all its processors: decoding stops when there is enough of it.
             most = sum(1 for n in nodes if n.get("CPU", 0) >= 1)
-            resources = {"num_cpus": 0.01}
+            # It reserves none: a part of one would cost a decoder, and all of them where there is one.
+            resources = {"num_cpus": 0}
         most = max(most, 1)
         batch = max(1, 4 * self._batch_size // TABLE_ROWS) if self._gpus else 1
         return dataset.map_batches(
@@ -255,7 +256,7 @@ def _connect(address: str | None) -> _Connection:
     if address != "auto":
         host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host or address, int(port)), REACH_SECONDS).close()
+            _greet(host or address, int(port))
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"{address}: no Ray cluster answers there ({error}); start one with "
@@ -265,12 +266,34 @@ def _connect(address: str | None) -> _Connection:
     return _Connection.JOINED
 
 
+def _greet(host: str, port: int) -> None:
+    """See that somebody speaks gRPC there: to others, Ray would talk for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    with socket.create_connection((host, port), REACH_SECONDS) as there:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return
+        there.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)  # RFC 9113, 3.4
+        answer = there.recv(9)
+    if answer[3:4] != _SETTINGS[3:4]:
+        raise OSError("what listens there is not Ray")
+
+
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""An HTTP/2 frame of type 4, which has to be the first from either side."""
+
+
 def _init(address: str, **options: Any) -> None:
     try:
         ray.init(address=address, **options)
     except Exception as error:  # of many kinds, and each with pages of advice
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ClusterError(f"Ray ({address}) cannot be used: {reason}") from None
+        token = ""
+        if address != "local" and "RAY_AUTH_MODE" not in os.environ:
+            token = "; if the cluster asks for a token, set RAY_AUTH_MODE=token"
+        raise ClusterError(f"Ray ({address}) cannot be used: {reason}{token}") from None
 
 
 def _context(shards: Sequence[Shard]) -> DataContext:
@@ -327,7 +350,9 @@ def _explained(error: BaseException) -> AestheticFilterError:
     """An error of ours as it was raised on a worker; else one line of Ray's."""
     cause: BaseException | None = error
     while cause is not None:
-        raised = getattr(cause, "cause", None)  # Ray's own is of both kinds, with a traceback as text
+        raised = getattr(
+            cause, "cause", None
+        )  # Ray's own is of both kinds, with a traceback as text
         if isinstance(cause, AestheticFilterError) and raised is None:
             return cause
         cause = raised or cause.__cause__
@@ -413,15 +438,17 @@ def _unpack(block: pa.Table) -> Iterator[_Envelope]:
 
 
 def _told(error: AestheticFilterError) -> list[str]:
-    """An error as it travels: its class, and its reason."""
-    return [type(error).__name__, getattr(error, "reason", str(error))]
+    """An error as it travels: its class, and what it is made of."""
+    return [type(error).__name__, *map(str, error.__reduce__()[1])]
 
 
 def _heard(shard: str, told: Sequence[str]) -> AestheticFilterError:
     kind: type[AestheticFilterError] = getattr(errors, told[0])
     if issubclass(kind, ShardError):
-        return kind(shard, told[1])
-    return kind(told[1] if told[1].startswith(shard) else f"{shard}: {told[1]}")
+        return kind(shard, told[-1])
+    if issubclass(kind, _BROKEN) and not told[1].startswith(shard):
+        return kind(f"{shard}: {told[1]}")
+    return kind(*told[1:])
 
 
 _BROKEN = (ShardError, SourceError, WrongEmbeddingsError)
@@ -499,7 +526,7 @@ def _read_shard(
             start += table.num_rows
     except CutShortError as error:
         end = {"cut": error.reason}
-    except _BROKEN as error:
+    except AestheticFilterError as error:  # Ray would put advice of its own into the message
         end = {"broken": _told(error)}
     yield _pack(_Envelope(number, start, 0, 0, b"", end=json.dumps(end)))
 
@@ -590,7 +617,7 @@ class _Apply:
             table = envelope.open()
             for step in self.steps:
                 table = step(table)
-        except _BROKEN as error:
+        except AestheticFilterError as error:
             return envelope.broken(error)
         return envelope.holding(table)
 
@@ -838,7 +865,7 @@ class _Assembly:
         shard = self._open.pop(number, None)
         if shard is not None and shard.journal is not None:
             shard.journal.close()
-        if not self._plan.keep_going:
+        if not self._plan.keep_going or not isinstance(error, _BROKEN):
             raise error
         self._plan.broken(self._shards[number], getattr(error, "reason", str(error)))
         self._plan.recorder.done(self._shards[number], finished=False)
