@@ -5,10 +5,11 @@
 
 Two figures. `stage`: `ImageAestheticFilterStage.process` on batches that lie in memory, its model
 loaded, the best of a few rounds, at the model batch that suits it best. `pipeline`: a whole
-`Pipeline` of a source stage, which cuts such batches from the file, and that filter, under each
-executor that works here. A run of one batch comes first; what it takes is the start-up, and the
-rate is what the other batches added to it. Nothing is downloaded: without `--head` the weights are
-random, which decides no speed. One JSON object goes to standard output, all else to standard error.
+`Pipeline` of a source stage, which cuts such batches from the file, and that filter, under the
+reference's own default executor or another. A run of one batch comes first; what it takes is the
+start-up, and the rate is what the other batches added to it, so give it enough `--pipeline-rows`.
+Nothing is downloaded: without `--head` the weights are random, which decides no speed. One JSON
+object goes to standard output, all else to standard error.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class RayBackend:
         else:
             # One for each node, on all its processors: decoding stops when there is enough of it.
             most = sum(1 for n in nodes if n.get("CPU", 0) >= 1)
-            # It reserves none: a part of one would cost a decoder, and all of them where there is one.
+            # It reserves none: a part of one would cost a decoder, the only one where there is one.
             resources = {"num_cpus": 0}
         most = max(most, 1)
         batch = max(1, 4 * self._batch_size // TABLE_ROWS) if self._gpus else 1
@@ -446,9 +446,10 @@ def _heard(shard: str, told: Sequence[str]) -> AestheticFilterError:
     kind: type[AestheticFilterError] = getattr(errors, told[0])
     if issubclass(kind, ShardError):
         return kind(shard, told[-1])
-    if issubclass(kind, _BROKEN) and not told[1].startswith(shard):
-        return kind(f"{shard}: {told[1]}")
-    return kind(*told[1:])
+    made_of = list(told[1:])
+    if issubclass(kind, _BROKEN) and not made_of[0].startswith(shard):
+        made_of[0] = f"{shard}: {made_of[0]}"
+    return kind(*made_of)
 
 
 _BROKEN = (ShardError, SourceError, WrongEmbeddingsError)
