@@ -86,7 +86,7 @@ def embeddings(bench: Bench, _: str | None) -> None:
 
 def images(bench: Bench, _: str | None) -> None:
     """JPEGs of 640x480 in tars through a small tower, so that decoding dominates."""
-    count = 200 if bench.quick else 6_000
+    count = 200 if bench.quick else 2_400
     weights = bench_tower.write_clip(bench.folder / "small.safetensors", **bench_tower.TINY)
     jpegs = photographs()
     preprocess_image(jpegs[0])  # compiled, and cached on disk
