@@ -160,12 +160,18 @@ def stage(bench: Bench, reference: str | None) -> None:
 
 def reference_speeds(python: str, source: Path, rows: int) -> dict[str, Any]:
     """What NeMo Curator makes of the first shard's embeddings, in its own environment."""
-    command = [python, str(REFERENCE), "--embeddings", str(min(source.iterdir())), "--rows"]
+    command = [
+        python,
+        str(REFERENCE),
+        "--embeddings",
+        str(min(source.iterdir())),
+        "--rows",
+        str(rows),
+    ]
+    command += ["--pipeline-rows", str(5 * rows)]  # it takes seconds to start
     # Its Ray must not find ours.
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(
-        [*command, str(rows)], capture_output=True, text=True, env=env, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise SystemExit(f"{python}: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
