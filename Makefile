@@ -6,7 +6,7 @@ CORE   := $(VENV)/.core
 DEV    := $(VENV)/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format bench bench-images bench-ray heads clean
+.PHONY: demo test browser lint format bench bench-images bench-ray heads clean
 .DEFAULT_GOAL := test
 
 $(CORE): pyproject.toml constraints.txt
@@ -20,14 +20,22 @@ $(CORE): pyproject.toml constraints.txt
 $(DEV): $(CORE)
 	@echo "installing the development tools into $(VENV) (the first time takes some minutes)"
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' > $(VENV)/dev.txt
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[clip,ray,s3]' -r $(VENV)/dev.txt
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[clip,ray,s3,web,learn]' -r $(VENV)/dev.txt
 	@touch $@
 
 demo: $(CORE)       ## score the sample, filter it, show the result
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
-test: $(DEV)        ## the whole test suite
-	@$(BIN)/python -m pytest
+test: $(DEV) browser  ## the whole test suite, a file at a time in each of two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+browser:            # Chromium, in which the tests look at the pages
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing chromium (the first time takes a minute)"; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+	      --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	  else echo "no Chromium: the tests of the pages are skipped; install chromium to run them" >&2; fi; }
 
 lint: $(DEV)        ## ruff and mypy --strict
 	@$(BIN)/ruff check .

@@ -35,10 +35,18 @@ ONLY_IN = {
     "typer": {"cli.py"},
     "rich": {"cli.py"},
     "ray": {"backends/ray.py"},
+    "jinja2": {"pages/__init__.py", "review/app.py"},
+    "fastapi": {"review/app.py"},
+    "uvicorn": {"review/app.py"},
+    "sklearn": {"calibrate.py", "train.py"},
+    "scipy": {"train.py"},
 }
 """Libraries, and the only files or folders that may import them."""
 
-HEAVY = ("numpy", "pyarrow", "PIL", "torch", "numba", "duckdb", "ray")
+HEAVY = (
+    *("numpy", "pyarrow", "PIL", "torch", "numba", "duckdb", "ray"),
+    *("sklearn", "scipy", "fastapi", "jinja2"),
+)
 DEPENDENCIES = {*ONLY_IN, "numpy", "pyarrow"}
 
 
@@ -110,15 +118,21 @@ def test_libraries_are_imported_where_they_belong(relative: str) -> None:
         assert known, f"{relative}:{found.line} imports {found.module}, which is no dependency"
 
 
-LATE = {"clip/tower.py", "clip/reward.py", "clip/preprocess.py", "backends/ray.py"}
-"""Modules that load torch, Pillow or Ray, and are loaded themselves only when they are needed."""
+LATE = {
+    "clip/tower.py",
+    "clip/reward.py",
+    "clip/preprocess.py",
+    "backends/ray.py",
+    "review/app.py",
+}
+"""Modules that load torch, Pillow, Ray or FastAPI, and are loaded only when they are needed."""
 
 
 def test_torch_and_pillow_are_imported_only_when_they_are_needed() -> None:
     for relative in MODULES:
         for found in imports(relative):
             late = found.for_types or not found.at_module_level
-            if found.library in ("torch", "PIL", "ray"):
+            if found.library in ("torch", "PIL", "ray", "fastapi", "uvicorn", "sklearn", "scipy"):
                 assert late or relative in LATE, f"{relative}:{found.line}"
             name = found.module.removeprefix("aesthetic_filter.").replace(".", "/")
             if any(name.startswith(module.removesuffix(".py")) for module in LATE):
@@ -196,6 +210,34 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
             ("formats", "archive", "table", "storage", "prefetch", "filenames", "errors"),
         ),
         ("guard.py", ("heads", "formats", "storage", "table", "errors")),
+        ("interval.py", ()),
+        ("labels.py", ("formats", "table", "errors")),
+        ("sampling.py", ("database", "table")),
+        ("calibrate.py", ("database", "interval", "table", "errors")),
+        ("train.py", ("heads", "interval", "errors")),
+        ("stored.py", ("formats", "run_folder", "storage", "table", "errors")),
+        ("own_head.py", ("calibrate", "heads", "stored", "train", "errors")),
+        (
+            "pictures.py",
+            (
+                *("clip", "database", "formats", "run_folder", "selection", "storage"),
+                *("table", "errors"),
+            ),
+        ),
+        ("pages/", ()),
+        (
+            "report.py",
+            (
+                *("calibrate", "clip", "database", "heads", "pages", "pictures", "run_folder"),
+                *("sampling", "table", "errors"),
+            ),
+        ),
+        ("compare.py", ("database", "pages", "report", "table", "errors")),
+        ("review/session.py", ("calibrate", "labels", "sampling", "errors")),
+        (
+            "review/app.py",
+            ("calibrate", "pages", "pictures", "review", "sampling", "table", "errors"),
+        ),
     ],
 )
 def test_the_lower_modules_know_nothing_of_the_upper_ones(
@@ -252,6 +294,10 @@ HELP = "import sys; sys.argv[0] = 'aesthetic-filter'; from aesthetic_filter.cli 
         (HELP, "--help"),
         (HELP, "score", "--help"),
         (HELP, "filter", "--help"),
+        (HELP, "report", "--help"),
+        (HELP, "review", "--help"),
+        (HELP, "calibrate", "--help"),
+        (HELP, "train", "--help"),
         (HELP, "heads", "--help"),
         (HELP, "heads", "convert", "--help"),
     ],

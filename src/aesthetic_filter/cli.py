@@ -24,6 +24,7 @@ from aesthetic_filter.errors import AestheticFilterError, UsageError
 from aesthetic_filter.selection.rule import Modifiers, options
 
 if TYPE_CHECKING:
+    from aesthetic_filter.calibrate import Target
     from aesthetic_filter.progress import Progress
 
 BROKEN_SHARDS = 3
@@ -514,6 +515,305 @@ def _warn_if_incomplete(scores: Path) -> None:
             "the same `aesthetic-filter score` goes on with it",
             file=sys.stderr,
         )
+
+
+Source = Annotated[str | None, typer.Option(help="Where the images are now, if they were moved.")]
+LabelsPath = Annotated[
+    Path, typer.Argument(metavar="LABELS", help="A CSV file: image_id, and label or rating.")
+]
+ScoresOption = Annotated[
+    Path, typer.Option("--scores", metavar="FOLDER", help="Of the whole data set, made by `score`.")
+]
+KeepFrom = Annotated[
+    float | None,
+    typer.Option(metavar="RATING", help="Ratings: from which one on an image is to be kept."),
+]
+IdColumn = Annotated[
+    str | None, typer.Option(help="The label file's id column, if it has no usual name.")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Its column of labels or ratings, likewise.")]
+Precision = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Of the images kept, so many are ones people would keep: 0.9."),
+]
+Recall = Annotated[
+    float | None,
+    typer.Option(metavar="R", help="Of the images people would keep, so many are kept: 0.9."),
+]
+KeptShare = Annotated[
+    float | None, typer.Option(metavar="SHARE", help="So much of all is kept: 0.1.")
+]
+
+
+@command(app)
+def report(
+    scores: ScoresPath,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file.")],
+    threshold: Annotated[
+        float | None, typer.Option(help="Where the slider starts; default: the best tenth.")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Break down by it; again for more. Default: all fit."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="A table of rows instead.")
+    ] = False,
+    per_band: Annotated[int, typer.Option(min=1, help="Images from each band of scores.")] = 12,
+    max_mb: Annotated[
+        float, typer.Option(min=1.5, help="The page's size: thumbnails shrink until they fit.")
+    ] = 5.0,
+    source: Source = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+) -> None:
+    """Make one self-contained page: charts, a threshold to move, images by score, provenance."""
+    from aesthetic_filter.report import Options
+    from aesthetic_filter.report import report as make
+    from aesthetic_filter.scores import open_scores
+
+    options = Options(
+        threshold=threshold,
+        by=tuple(by or ()),
+        seed=seed,
+        images=not no_images,
+        source=source,
+        max_bytes=int(max_mb * 1e6),
+        per_band=per_band,
+    )
+    with _show_thumbnails(quiet) as show:
+        path, problem = make(open_scores(scores), out, options, on_progress=show)
+    if problem:
+        print(f"aesthetic-filter: {problem}", file=sys.stderr)
+    if not quiet:
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    _warn_if_incomplete(scores)
+
+
+@command(app)
+def review(
+    scores: ScoresPath,
+    labels: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where labels are saved, and gone on with.")
+    ] = Path("labels.csv"),
+    sample: Annotated[int, typer.Option(min=1, help="How many images to judge.")] = 300,
+    target_precision: Precision = None,
+    target_recall: Recall = None,
+    target_kept: KeptShare = None,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Your name; default: your login. The page can change it.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8710,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
+    source: Source = None,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Print the address, open no browser.")
+    ] = False,
+) -> None:
+    """Open a page to say of a sample of images: keep or drop. Ctrl-C ends it; labels stay."""
+    from aesthetic_filter.review.app import serve
+    from aesthetic_filter.review.session import DEFAULT_TARGET, Session
+    from aesthetic_filter.scores import open_scores
+
+    target = _target(target_precision, target_recall, target_kept) or DEFAULT_TARGET
+    opened = open_scores(scores)
+    session = Session(opened, labels, size=sample, seed=seed, target=target)
+    try:
+        serve(
+            opened,
+            session,
+            port=port,
+            reviewer=reviewer or _login(),
+            source=source,
+            on_ready=functools.partial(_say_where, labels, not no_open),
+        )
+    except KeyboardInterrupt:  # how a review ends
+        pass
+    finally:
+        session.close()
+    judged = len(session.labels())
+    print(f"{labels}: {judged:,} image{'' if judged == 1 else 's'} judged")
+    if judged:
+        asked = f"--target-{target.measure} {target.value:g}"
+        print(f"next: aesthetic-filter calibrate {labels} --scores {scores} {asked}")
+
+
+def _say_where(labels: Path, open_it: bool, address: str) -> None:
+    print(address, flush=True)
+    print(
+        f"aesthetic-filter: labels go to {labels}; Ctrl-C ends the review, "
+        "the same command goes on with it",
+        file=sys.stderr,
+        flush=True,
+    )
+    if open_it:
+        import webbrowser
+
+        webbrowser.open(address)
+
+
+def _login() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no such user, as in a container
+        return "reviewer"
+
+
+def _target(precision: float | None, recall: float | None, kept: float | None) -> Target | None:
+    from aesthetic_filter.calibrate import Target
+
+    given = [
+        Target(measure, value)
+        for measure, value in (("precision", precision), ("recall", recall), ("kept", kept))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError("give one target: --target-precision, --target-recall or --target-kept")
+    return given[0] if given else None
+
+
+@command(app)
+def calibrate(
+    labels: LabelsPath,
+    scores: ScoresOption,
+    target_precision: Precision = None,
+    target_recall: Recall = None,
+    target_kept: KeptShare = None,
+    keep_from: KeepFrom = None,
+    id_column: IdColumn = None,
+    label_column: LabelColumn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the threshold for a target from labels, with confidence intervals."""
+    from aesthetic_filter.calibrate import calibrate as run
+    from aesthetic_filter.labels import read_labels
+    from aesthetic_filter.scores import open_scores
+
+    target = _target(target_precision, target_recall, target_kept)
+    read = read_labels(labels, keep_from=keep_from, id_column=id_column, label_column=label_column)
+    found = run(read, open_scores(scores), target)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return
+    print(found)
+    if read.agreement is not None:
+        print(f"reviewers agree {read.agreement}")
+    chosen = found.recommendation
+    if chosen is not None and chosen.threshold is not None:
+        print(f"next: aesthetic-filter filter {scores} --out kept --min-score {chosen.threshold:g}")
+    _warn_if_incomplete(scores)
+
+
+@command(app)
+def train(
+    labels: LabelsPath,
+    scores: ScoresOption,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The head file.")],
+    head: Annotated[
+        str | None,
+        typer.Option(help="The head to start from and compare with; default: the reference head."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The new head's; default: the file's.")] = None,
+    folds: Annotated[int, typer.Option(min=3, help="Of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the folds.")] = 0,
+    keep_from: KeepFrom = None,
+    id_column: IdColumn = None,
+    label_column: LabelColumn = None,
+    licence: Annotated[str, typer.Option(help="Of the labels, for the head's provenance.")] = "",
+    model_dir: ModelDir = None,
+) -> None:
+    """Train a head of your own from labels or ratings, and measure it on held-out images."""
+    from aesthetic_filter.heads import load_head, save_head
+    from aesthetic_filter.labels import read_labels
+    from aesthetic_filter.own_head import train_head
+    from aesthetic_filter.scores import open_scores
+
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out}: a head file ends in .safetensors")
+    read = read_labels(labels, keep_from=keep_from, id_column=id_column, label_column=label_column)
+    trained = train_head(
+        read,
+        open_scores(scores),
+        name=name or out.stem,
+        reference=load_head(head, model_dir=model_dir),
+        folds=folds,
+        seed=seed,
+        labels_path=labels,
+        licence=licence,
+    )
+    try:
+        save_head(trained.head, out)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+    print(trained)
+    print(f"written to {out}")
+    print(f"next: aesthetic-filter score SOURCE --head {out} --out NEW_SCORES")
+
+
+@command(app)
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="SCORES_A", help="A folder made by `score`.")],
+    b: Annotated[Path, typer.Argument(metavar="SCORES_B", help="Another, of the same data set.")],
+    threshold: Annotated[
+        float | None, typer.Option(help="On the first; default: what keeps its best tenth.")
+    ] = None,
+    threshold_b: Annotated[
+        float | None,
+        typer.Option(
+            help="On the second; default: the same for the same head, else what keeps as many."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images in each list.")] = 10,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also make a page of it.")
+    ] = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help="No images in it.")] = False,
+    source: Source = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two sets of scores: rank correlation, who changes sides, the largest differences."""
+    import shlex
+
+    from aesthetic_filter.compare import compare as run
+    from aesthetic_filter.compare import comparison_page
+    from aesthetic_filter.scores import open_scores
+
+    first, second = open_scores(a), open_scores(b)
+    found = run(first, second, threshold=threshold, threshold_b=threshold_b, n=n)
+    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
+    if out is not None:
+        words = ["aesthetic-filter", "compare", str(a), str(b), "--out", str(out), "-n", str(n)]
+        words += ["--threshold", f"{found.thresholds[0]:g}"]
+        words += ["--threshold-b", f"{found.thresholds[1]:g}"]
+        with _show_thumbnails(as_json) as show:
+            problem = comparison_page(
+                found,
+                first,
+                out,
+                images=not no_images,
+                source=source,
+                command=shlex.join(words),
+                on_progress=show,
+            )
+        if problem:
+            print(f"aesthetic-filter: {problem}", file=sys.stderr)
+        print(f"written to {out}", file=sys.stderr if as_json else sys.stdout)
+
+
+@contextmanager
+def _show_thumbnails(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar while thumbnails are made, on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @command(heads_app, "list")

@@ -6,12 +6,14 @@ network, no extension, no setting. So a condition that a user brings along can't
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from aesthetic_filter.table import EMBEDDING, ERROR, IMAGE_ID, SCORE
 ROWS = "scores"
 """The view of all rows: the files' columns, and :data:`PART` and :data:`ROW`."""
 
+OTHERS = "other_scores"
+"""The view of the rows of other scores, where two are compared."""
+
 PART, ROW = "__part", "__row"
 """Where a row lies: the number of its file, and of the row within it."""
 
@@ -31,14 +36,27 @@ SCORED = f"({ERROR} IS NULL AND {SCORE} IS NOT NULL AND isfinite({SCORE}))"
 
 _NUMBERS = ("FLOAT", "DOUBLE", "DECIMAL", "TINYINT", "SMALLINT", "INTEGER", "BIGINT")
 
+_numbers = itertools.count()
+
 BINS = 4096
 BATCH_ROWS = 65_536
 
 
 class Database:
-    """An open, locked-down database over some Parquet files of scores."""
+    """An open, locked-down database over some Parquet files of scores.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    Attributes:
+        files: in order; :data:`PART` counts them.
+        columns: of the view :data:`ROWS`.
+    """
+
+    def __init__(self, files: Sequence[Path], others: Sequence[Path] = ()) -> None:
+        """Open it.
+
+        Args:
+            files: of the scores.
+            others: of other scores, to compare: the view :data:`OTHERS`.
+        """
         import duckdb
 
         self._error = duckdb.Error
@@ -54,14 +72,16 @@ class Database:
         )
         self.files = tuple(files)
         self._close = weakref.finalize(self, _close, self._connection, self._spill)
-        names = [str(file.absolute()) for file in files]
-        self.columns = self._open_view(names)
-
-    def _open_view(self, names: list[str]) -> list[str]:
         execute = self._connection.execute
-        execute(f"SET allowed_paths = {_list(names)}")
+        execute(f"SET allowed_paths = {_list([str(f.absolute()) for f in (*files, *others)])}")
         execute("SET enable_external_access = false")
         execute("SET lock_configuration = true")
+        self.columns = self._open_view(ROWS, files)
+        if others:
+            self._open_view(OTHERS, others)
+
+    def _open_view(self, view: str, paths: Sequence[Path]) -> list[str]:
+        names = [str(path.absolute()) for path in paths]
         files = f"read_parquet({_list(names)}, union_by_name = true, hive_partitioning = false)"
         try:
             # Names that differ only in case are one name in SQL: the later becomes NAME_1.
@@ -78,8 +98,8 @@ class Database:
         # Embeddings are a thousand times as large as all else, and stay where they are.
         rest = [name for name in there if name not in (IMAGE_ID, SCORE, ERROR, EMBEDDING)]
         columns = ", ".join([f"{IMAGE_ID}::VARCHAR AS {IMAGE_ID}", score, why, *map(quote, rest)])
-        execute(
-            f"CREATE VIEW {ROWS} AS "
+        self._connection.execute(
+            f"CREATE VIEW {view} AS "
             f"SELECT {columns}, file_index AS {PART}, file_row_number AS {ROW} FROM {files}"
         )
         return [IMAGE_ID, SCORE, ERROR, *rest]
@@ -114,6 +134,16 @@ class Database:
             return self._connection.sql(f"SELECT * FROM ({sql}) LIMIT 0").to_arrow_table()
         except self._error as error:
             raise _explained(error) from None
+
+    @contextmanager
+    def attached(self, table: pa.Table) -> Iterator[str]:
+        """Make a table in memory one that queries can name, for a while; gives its name."""
+        name = f"attached_{next(_numbers)}"
+        self._connection.register(name, table)
+        try:
+            yield name
+        finally:
+            self._connection.unregister(name)
 
     def _run(self, sql: str) -> Any:
         try:

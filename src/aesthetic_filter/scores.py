@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from aesthetic_filter.database import PART, ROW, ROWS, SCORED, Database, quote
 from aesthetic_filter.errors import OutputError, SelectionError
@@ -148,16 +150,40 @@ class Scores:
 
     @cached_property
     def _rows(self) -> int:
-        return int(self._database.row(f"SELECT count(*) FROM {ROWS}")[0])
+        return int(self.database.row(f"SELECT count(*) FROM {ROWS}")[0])
 
     @cached_property
-    def _database(self) -> Database:
+    def database(self) -> Database:
+        """For queries over all rows; opened on first use."""
         return Database(self.files)
+
+    @cached_property
+    def scored(self) -> int:
+        """How many rows have a score."""
+        return int(self.database.row(f"SELECT count(*) FROM {ROWS} WHERE {SCORED}")[0])
+
+    def rows_from(self, thresholds: NDArray[Any]) -> NDArray[np.int64]:
+        """How many rows score at least each threshold, exactly.
+
+        Args:
+            thresholds: (N,), ascending; compared as float32, as ``filter --min-score`` does.
+
+        Returns:
+            (N,) int64.
+        """
+        marks = np.asarray(thresholds, np.float32)
+        counted = np.zeros(len(marks) + 1, np.int64)
+        for batch in self.database.stream(f"SELECT {SCORE} FROM {ROWS} WHERE {SCORED}"):
+            values = batch.column(0).to_numpy(zero_copy_only=False)
+            counted += np.bincount(
+                np.searchsorted(marks, values, side="right"), minlength=len(counted)
+            )
+        return counted[:0:-1].cumsum()[::-1]
 
     @property
     def columns(self) -> list[str]:
         """The names of all columns."""
-        return list(self._database.columns)
+        return list(self.database.columns)
 
     def select(
         self,
@@ -207,11 +233,11 @@ class Scores:
         if sample is not None:
             chosen.append(Sample(sample, seed, per))
         check_selection(chosen)
-        return Selection(self._database, chosen, self.provenance)
+        return Selection(self.database, chosen, self.provenance)
 
     def everything(self) -> Selection:
         """All rows that have a score."""
-        return Selection(self._database, (), self.provenance)
+        return Selection(self.database, (), self.provenance)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, in the order of the source, as one table in memory.
@@ -233,17 +259,17 @@ class Scores:
         order = "ASC" if worst else "DESC"
         columns = ", ".join(quote(name) for name in self.columns)
         rows = list(
-            self._database.stream(
+            self.database.stream(
                 f"SELECT {columns} FROM {ROWS} WHERE {SCORED} "
                 f"ORDER BY {SCORE} {order}, image_id, {PART}, {ROW} LIMIT {int(n)}"
             )
         )
-        schema = self._database.empty(f"SELECT {columns} FROM {ROWS}").schema
+        schema = self.database.empty(f"SELECT {columns} FROM {ROWS}").schema
         return pa.Table.from_batches(rows, schema)
 
     def summary(self) -> Summary:
         """Counts, percentiles, what each threshold would keep, failures by reason, provenance."""
-        ask = self._database
+        ask = self.database
         scored_rows = f"(SELECT * FROM {ROWS} WHERE {SCORED})"
         has_norms = {NORM, COSINE} <= set(self.columns)
         foreign = f"count(*) FILTER (WHERE {COSINE} < {FOREIGN_BELOW}::FLOAT)" if has_norms else "0"
@@ -288,7 +314,7 @@ class Scores:
 
     def delete_when_done(self, folder: str) -> None:
         """Delete a folder once neither these scores nor anything chosen from them is in use."""
-        weakref.finalize(self._database, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(self.database, shutil.rmtree, folder, ignore_errors=True)
 
     @cached_property
     def _run_file(self) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from aesthetic_filter.errors import ImageError, MissingExtraError, UsageError
 
 try:
-    from PIL import ExifTags, Image, ImageFile
+    from PIL import ExifTags, Image, ImageFile, ImageOps
     from PIL.JpegImagePlugin import JpegImageFile
 except ImportError:
     raise MissingExtraError("decoding images needs Pillow", "clip") from None
@@ -140,6 +140,21 @@ class Pixels:
     """
 
     values: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small JPEG.
+
+    Attributes:
+        data: the file.
+        width: in pixels.
+        height: in pixels.
+    """
+
+    data: bytes
     width: int
     height: int
 
@@ -264,6 +279,69 @@ def _check_size(image: Image.Image, options: Preprocessing) -> None:
 
 def _too_large(pixels: int) -> str:
     return f"image has more than {pixels:,} pixels (--max-pixels)"
+
+
+def thumbnail(data: Encoded, side: int, *, quality: int = 80) -> Thumbnail:
+    """A small JPEG of an encoded image, for people to look at: upright, and on white.
+
+    Args:
+        data: the encoded image.
+        side: the longest side that the thumbnail may have, in pixels; a smaller image stays as it
+            is.
+        quality: of the JPEG, 1 to 95.
+
+    Raises:
+        ImageError: it cannot be decoded, or is refused.
+    """
+    _hush()
+    with ExitStack() as memory:
+        found = _small(data, side, quality, memory)
+    if isinstance(found, str):
+        raise ImageError(found)
+    return found
+
+
+def _small(data: Encoded, side: int, quality: int, memory: ExitStack) -> Thumbnail | str:
+    """As :func:`_outcome`: nothing refers to the decoded image when memory is given back."""
+    options = Preprocessing(allow_truncated=True)
+    _inside.pillow = True
+    try:
+        if not len(data):
+            return "image is empty (0 bytes)"
+        icon = bytes(data[:4]) == b"\0\0\1\0"
+        if icon:
+            memory.enter_context(_memory.take(MEMORY))
+        file = _open(data)
+        _check_size(file, options)
+        if not icon:
+            memory.enter_context(_memory.take(_bytes_to_decode(file, data, options)))
+        if isinstance(file, JpegImageFile):
+            file.draft("RGB", (side, side))
+        image: Image.Image = _load(file, data, options)
+        orientation = _orientation(image)
+        clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        if image.mode == "La":  # Pillow has no way from it to RGB
+            image = image.convert("LA")
+        exif = image.getexif() if orientation != 1 else None
+        if image.mode not in ("RGB", "RGBA", "L", "LA"):
+            image = image.convert("RGBA" if clear else "RGB")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if exif is not None:
+            image.getexif().update(exif)
+            ImageOps.exif_transpose(image, in_place=True)
+        if clear:
+            seen = image.convert("RGBA")
+            image = Image.new("RGB", seen.size, "white")
+            image.paste(seen, mask=seen.getchannel("A"))
+        into = BytesIO()
+        image.convert("RGB").save(into, "JPEG", quality=quality, optimize=True)
+        return Thumbnail(into.getvalue(), image.width, image.height)
+    except ImageError as error:
+        return str(error)
+    except Exception as error:  # decoders raise anything
+        return _reason(error, options)
+    finally:
+        _inside.pillow = False
 
 
 # Decoding.
