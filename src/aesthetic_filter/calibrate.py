@@ -9,16 +9,17 @@ keeps among those at or above the threshold, by those; recall: the keeps at or a
 keeps; F1: twice the keeps at or above it, by those at or above it and the keeps). Their variance is
 that of a ratio under stratified sampling, linearised (W. G. Cochran, Sampling Techniques, 3rd ed.
 1977, sections 5.6 and 6.11; a stratum that was labelled whole adds none). A stratum of few labels
-often shows no spread at all; so its spread is smoothed, with a tenth of its neighbours' and with
-0.4 of an observation of the largest there can be.
+often shows no spread at all; so its spread is smoothed, by four observations of the spread that the
+share of keeps in it and its neighbours would have.
 
 **Intervals** are Wilson's with the effective sample size (N. Dean and M. Pagano, Evaluating
 confidence interval methods for binomial proportions in clustered surveys, 2015). `tests/
 test_calibrate.py` measures how often they cover the truth.
 
-**The threshold** for a target is where a curve fitted to the labels (isotonic regression; a
-logistic one where labels are few) reaches it, averaged over the scores of the whole data set. Its
-interval holds every threshold at which the target lies within the interval of the measure.
+**The threshold** for a target is where the measure, made monotonic by isotonic regression, reaches
+it; where labels are few, where a logistic curve does, averaged over the scores of the whole data
+set. Its interval holds every threshold at which the target lies within the interval of the measure,
+the ends of which are made monotonic first.
 
 **How well the score separates** keep from drop is the area under the ROC curve: the chance that an
 image to keep scores higher than one to drop.
@@ -50,8 +51,11 @@ F64 = NDArray[np.float64]
 Z = 1.959963984540054
 """The normal quantile of a two-sided 95% interval."""
 
-NEIGHBOURS, PRIOR = 0.1, 0.1
-"""How the spread within a stratum is smoothed; chosen by simulation, see the tests."""
+PRIOR, NEIGHBOURS = 4, 0.5
+"""Observations by which a stratum's spread is smoothed, and how much the next stratum counts there.
+
+Chosen by simulation; see the tests.
+"""
 
 FEWEST_LABELS, FEWEST_OF_EACH = 30, 8
 """Below either, no threshold is recommended without a warning."""
@@ -120,22 +124,23 @@ class Judged:
         Args:
             first: (strata, G) sums of the residuals.
             second: (strata, G) sums of their squares.
-            step: (strata, G) by how much a residual changes between a keep and a drop, squared: a
-                quarter of it is the largest variance there can be.
+            step: (strata, G) by how much a residual changes between a keep and a drop, squared.
             there: (strata, G) whether a stratum has any label in the domain at all.
             total: (G,) the weighted sum below the line.
         """
         n = self.taken.astype(np.float64)[:, None]
         squares = np.maximum(second - np.divide(first**2, n, out=0 * first, where=n > 0), 0)
-        freedom = self._near @ np.maximum(n - 1, 0)
-        smooth = (self._near @ squares + PRIOR * step) / (freedom + 4 * PRIOR)
+        smooth = (squares + PRIOR * step * self._expected[:, None]) / (np.maximum(n - 1, 0) + PRIOR)
         return np.asarray(self._unseen @ np.where(there, smooth, 0.0) / np.asarray(total) ** 2)
 
     @cached_property
-    def _near(self) -> F64:
-        """(strata, strata) how much of one stratum's spread counts in another."""
+    def _expected(self) -> F64:
+        """(strata,) the variance of a keep in each stratum, as it and its neighbours have it."""
         places = np.arange(len(self.stratum_rows))
-        return np.asarray(NEIGHBOURS ** np.abs(np.subtract.outer(places, places)).astype(float))
+        near = NEIGHBOURS ** np.abs(np.subtract.outer(places, places)).astype(np.float64)
+        keeps = near @ np.bincount(self.strata, self.keep, len(places))
+        chance = (keeps + 0.5) / (near @ self.taken + 1)
+        return np.asarray(chance * (1 - chance))
 
     def _sums(self, values: F64, above: NDArray[np.bool_]) -> F64:
         """(strata, G) sums of one value (N,) over the labels that are above (N, G) a threshold."""
@@ -210,7 +215,7 @@ class Judged:
         of_keep, of_drop = (np.bincount(place, w, len(values)) for w in (keep, drop))
         beaten = ((np.cumsum(of_drop) - of_drop / 2) / drop.sum())[place]
         beating = ((keep.sum() - np.cumsum(of_keep) + of_keep / 2) / keep.sum())[place]
-        estimate = float(keep @ beaten / keep.sum())
+        estimate = min(float(keep @ beaten / keep.sum()), 1.0)
         total = float(self.weights.sum())
         residuals = self.keep * (beaten - estimate) * (total / keep.sum())
         residuals += (1 - self.keep) * (beating - estimate) * (total / drop.sum())
@@ -254,7 +259,8 @@ def wilson(estimate: F64, variance: F64, labels: NDArray[Any]) -> Measured:
         z2 = np.where(variance > 0, Z * Z * variance / (inner * (1 - inner)), 0.0)  # Z² / n
         centre = (estimate + z2 / 2) / (1 + z2)
         half = np.sqrt(np.maximum(estimate * (1 - estimate) * z2 + z2 * z2 / 4, 0)) / (1 + z2)
-        low, high = np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
+        low = np.clip(centre - half, 0.0, estimate)
+        high = np.clip(centre + half, estimate, 1.0)
     unknown = np.isnan(estimate)
     return Measured(estimate, np.where(unknown, 0.0, low), np.where(unknown, 1.0, high))
 
@@ -394,14 +400,25 @@ class Curve:
 
     @cached_property
     def fitted(self) -> tuple[F64, F64]:
-        """(G,) precision and recall of each threshold by the fitted curve."""
+        """(G,) precision and recall of each threshold, as the fitted curve has them."""
+        if enough_for_isotonic(self.judged):
+            precision, recall, _ = self.direct
+            known = np.flatnonzero(~np.isnan(precision.estimate))
+            rising = precision.estimate[np.minimum(np.arange(len(recall.estimate)), known[-1])]
+            weights = np.maximum(self.labels_from, 1).astype(np.float64)
+            return _isotonic(rising, True, weights), recall.estimate  # which falls anyway
         scores, rows = self.population.bins
-        chance = fit_chance(self.judged)(scores)
+        chance = logistic_chance(self.judged)(scores)
         good = np.cumsum((rows * chance)[::-1])[::-1][1:]
         there = np.cumsum(rows[::-1])[::-1][1:]
-        precision = np.divide(good, there, out=np.ones(len(good)), where=there > 0)
+        found = np.divide(good, there, out=np.ones(len(good)), where=there > 0)
         everything = float(rows @ chance)
-        return precision, good / everything if everything else np.zeros(len(good))
+        return found, good / everything if everything else np.zeros(len(good))
+
+    @cached_property
+    def direct(self) -> tuple[Measured, Measured, Measured]:
+        """(G,) precision, recall and F1 of each threshold, as the labels alone have them."""
+        return self.judged.measures(self.population.thresholds)
 
     @cached_property
     def labels_from(self) -> NDArray[np.int64]:
@@ -418,10 +435,9 @@ class Curve:
         """
         precision, recall = self.fitted
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        direct = self.judged.measures(self.population.thresholds)
         return tuple(  # type: ignore[return-value]
             Measured(np.clip(estimate, found.low, found.high), found.low, found.high)
-            for estimate, found in zip((precision, recall, f1), direct, strict=True)
+            for estimate, found in zip((precision, recall, f1), self.direct, strict=True)
         )
 
     def point(self, place: int) -> Point:
@@ -457,8 +473,12 @@ class Curve:
             measure = precision if target.measure == "precision" else recall
             reached = np.flatnonzero(measure >= target.value)
             measured = self.measured[0 if target.measure == "precision" else 1]
-            within = (measured.low <= target.value) & (target.value <= measured.high)
-            low, high = _ends(thresholds, within[: last + 1])
+            rising = target.measure == "precision"
+            # The measure only rises, or only falls; so must the ends of its interval, or the first
+            # threshold at which chance has them reach the target would count.
+            ends = measured.low[: last + 1], measured.high[: last + 1]
+            lower, upper = (_isotonic(end, rising) for end in ends)
+            low, high = _ends(thresholds, (lower <= target.value) & (target.value <= upper))
             if not len(reached):
                 return Recommendation(target, None, low, high, None, None)
             place = int(reached[0] if target.measure == "precision" else reached[-1])
@@ -474,6 +494,24 @@ class Curve:
             point,
             more_labels(len(self.judged), interval),
         )
+
+
+def _isotonic(values: F64, rising: bool, weights: F64 | None = None) -> F64:
+    """The curve nearest to these values that only rises, or only falls.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.isotonic import isotonic_regression
+    except ImportError:
+        raise _needed() from None
+    found = isotonic_regression(values, sample_weight=weights, increasing=rising)
+    return np.asarray(found, np.float64)
+
+
+def _needed() -> MissingExtraError:
+    return MissingExtraError("calibrating needs scikit-learn", "learn")
 
 
 def _ends(thresholds: F64, within: NDArray[np.bool_]) -> tuple[float, float]:
@@ -501,40 +539,38 @@ def more_labels(labels: int, interval: Interval) -> int | None:
     return max(0, math.ceil(needed / 10) * 10)
 
 
-def fit_chance(judged: Judged) -> Callable[[F64], F64]:
-    """The chance that people keep an image, as a rising function of its score.
+def enough_for_isotonic(judged: Judged) -> bool:
+    """Whether the labels are enough for a curve that follows them wherever they go."""
+    few = min(judged.keep.sum(), (1 - judged.keep).sum())
+    return len(judged) >= ISOTONIC_FROM and bool(few >= 2 * FEWEST_OF_EACH)
 
-    Isotonic regression from :data:`ISOTONIC_FROM` labels on, else logistic regression; both with
-    the labels' weights. Where all labels are the same, that share everywhere.
+
+def logistic_chance(judged: Judged) -> Callable[[F64], F64]:
+    """The chance that people keep an image, by logistic regression on its score.
+
+    With the labels' weights. Where all labels are the same, or the score says nothing or the
+    opposite, it is the same for all scores.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
     keep, weights = judged.keep, judged.weights / judged.weights.mean()
+    mean = float(weights @ keep / weights.sum())
     if keep.min() == keep.max():
-        same = float(keep[0])
-        return lambda scores: np.full(len(scores), same)
+        return lambda scores: np.full(len(scores), mean)
     try:
-        from sklearn.isotonic import IsotonicRegression
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MissingExtraError("calibrating needs scikit-learn", "learn") from None
-    few = min(keep.sum(), (1 - keep).sum())
-    if len(keep) >= ISOTONIC_FROM and few >= 2 * FEWEST_OF_EACH:
-        isotonic = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
-        isotonic.fit(judged.scores, keep, sample_weight=weights)
-        return lambda scores: np.asarray(isotonic.predict(scores), np.float64)
+        raise _needed() from None
     centre, width = float(judged.scores.mean()), float(judged.scores.std()) or 1.0
     # A share of reviewers is so much keep and so much drop.
     x = ((np.concatenate([judged.scores, judged.scores]) - centre) / width)[:, None]
     y = np.repeat([1, 0], len(keep))
     w = np.concatenate([weights * keep, weights * (1 - keep)])
     logistic = LogisticRegression(C=10.0).fit(x[w > 0], y[w > 0], w[w > 0])
-    slope = float(logistic.coef_[0, 0])
-    if slope <= 0:  # the score says nothing, or the opposite
-        mean = float(weights @ keep / weights.sum())
+    slope, start = float(logistic.coef_[0, 0]), float(logistic.intercept_[0])
+    if slope <= 0:
         return lambda scores: np.full(len(scores), mean)
-    start = float(logistic.intercept_[0])
     return lambda scores: 1 / (1 + np.exp(-(start + slope * (scores - centre) / width)))
 
 

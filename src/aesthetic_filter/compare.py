@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from aesthetic_filter.database import OTHERS, PART, ROW, ROWS, SCORED, Database, quote
 from aesthetic_filter.errors import UsageError
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
 SCATTER = 2_000
 """Points of the scatter plot, drawn by a hash of their ``image_id``."""
 
-KEPT_BY_DEFAULT = 0.1
-"""Share of the first scores that the threshold keeps, where none is given."""
+KEPT_BY_DEFAULT = Fraction(1, 10)
+"""Share of the first scores that the threshold keeps, where none is given; rounded up."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,11 @@ def compare(
         n: how many images of each list.
 
     Raises:
-        UsageError: they have no image in common.
+        UsageError: they have no image in common, or a threshold is no number.
     """
+    for given in (threshold, threshold_b):
+        if given is not None and not abs(given) <= LARGEST:
+            raise UsageError(f"a threshold is a number that a score can have, not {given}")
     ask = Database(a.files, b.files)
     try:
         return _compare(ask, a, b, threshold, threshold_b, n)
@@ -213,16 +221,15 @@ def _compare(
     )
     heads = [scores.provenance.get("head", {}) for scores in (a, b)]
     same_head = heads[0].get("sha256") == heads[1].get("sha256")
-    first = threshold
+    first = None if threshold is None else float(threshold)
     if first is None:
-        first = ask.order_statistics("a", [1 - KEPT_BY_DEFAULT], "pairs")[0]
-    second = threshold_b
+        first = _keeping(ask, "a", math.ceil(KEPT_BY_DEFAULT * both), both)
+    second = None if threshold_b is None else float(threshold_b)
     if second is None and same_head:
         second = first
     elif second is None:
         kept = int(ask.row(f"SELECT count(*) FROM pairs WHERE a >= {first!r}::FLOAT")[0])
-        below = max(both - kept, 0)
-        second = ask.order_statistics("b", [min((below + 1) / both, 1.0)], "pairs")[0]
+        second = _keeping(ask, "b", kept, both)
     keeps_a, keeps_b = f"(a >= {first!r}::FLOAT)", f"(b >= {second!r}::FLOAT)"
     sides = ask.row(
         f"SELECT count(*) FILTER (WHERE {keeps_a} AND {keeps_b}), "
@@ -260,6 +267,13 @@ def _compare(
         mean_change=float(change),
         same_head=same_head,
     )
+
+
+def _keeping(ask: Database, column: str, kept: int, rows: int) -> float:
+    """The highest score that keeps at least so many; for none, one above them all."""
+    rank = min(rows - kept + 1, rows)  # from below; half a rank less, lest rounding gain one
+    found = ask.order_statistics(column, [(rank - 0.5) / rows], "pairs")[0]
+    return found if kept else float(np.nextafter(np.float32(found), np.float32(np.inf)))
 
 
 def _name(scores: Scores) -> tuple[str, str]:

@@ -171,7 +171,7 @@ def read_label_rows(
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(f"{path}: labels cannot be read: {why}") from None
@@ -185,14 +185,19 @@ def read_label_rows(
         path, header, names, label_column, (*LABEL_NAMES, *RATING_NAMES), "label or rating"
     )
     texts = [row.get(by_label, "").strip() for row in rows]
-    kind = "keep" if all(text.lower() in WORDS for text in texts) else "rating"
+    kind = _kind(texts)
     found = []
     for number, (row, text) in enumerate(zip(rows, texts, strict=True), start=2):
         value: str | float = text.lower()
         if kind == "rating":
-            value = _rating(path, number, by_label, text)
+            value = _rating(text)
         elif value in WORDS:
             value = WORDS[text.lower()]
+        else:
+            raise UsageError(
+                f"{path}, row {number}: {by_label} is {printable(text)!r}; "
+                "labels are keep, drop or skip, and ratings are numbers"
+            )
         found.append(
             Label(
                 row[by_id],
@@ -299,16 +304,16 @@ def _as_keep(label: Label, keep_from: float) -> Label:
     return Label(**{**vars(label), "value": value})
 
 
-def _rating(path: Path, number: int, column: str, text: str) -> str | float:
-    if text.lower() in ("", "skip", "skipped"):
-        return WORDS[text.lower()]
-    value = _number(text)
-    if math.isnan(value):
-        raise UsageError(
-            f"{path}, row {number}: {column} is {printable(text)!r}; "
-            "labels are keep, drop or skip, and ratings are numbers"
-        )
-    return value
+def _kind(texts: Sequence[str]) -> str:
+    """Whether a column holds ratings: numbers, and others among them than 0 and 1."""
+    said = [text for text in texts if WORDS.get(text.lower()) not in (SKIP, WITHDRAWN)]
+    numbers = all(math.isfinite(_number(text)) for text in said)
+    return "rating" if numbers and not all(text in WORDS for text in said) else "keep"
+
+
+def _rating(text: str) -> str | float:
+    known = WORDS.get(text.lower())
+    return known if known in (SKIP, WITHDRAWN) else _number(text)
 
 
 def _number(text: str | None, otherwise: float = math.nan) -> float:
@@ -338,6 +343,16 @@ def _column(
         f"{path}: no column names the {what}: it has {', '.join(map(printable, header))}; "
         f"expected {usual[0]!r}, or say which with an option"
     )
+
+
+def _decoded(data: bytes) -> str:
+    """The text of a file, but for a last character that a crash cut in two."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.end < len(data) or error.reason != "unexpected end of data":
+            raise
+        return data[: error.start].decode("utf-8-sig")
 
 
 def _rows_of(text: str) -> tuple[list[str], list[dict[str, str]], bool]:
@@ -398,27 +413,29 @@ class LabelFile:
         if os.fstat(self._file).st_size == 0:
             self._append(COLUMNS)
             return []
-        text = self.path.read_bytes().decode("utf-8")
+        data = self.path.read_bytes()
+        try:
+            text = _decoded(data)
+        except UnicodeDecodeError:
+            text = ""
         header, _, torn = _rows_of(text)
         if tuple(header) != COLUMNS:
             raise OutputError(
                 f"{self.path}: holds something else ({', '.join(header[:4])}…); "
                 "give another file with --labels"
             )
-        if torn or not text.endswith("\n"):
-            self._mend(text)
+        if torn or not data.endswith(b"\n"):
+            self._mend(data)
         return read_label_rows(self.path)[0]
 
-    def _mend(self, text: str) -> None:
+    def _mend(self, data: bytes) -> None:
         """Cut off a last line that a crash left unfinished: it was never acknowledged."""
-        lines = text.split("\n")
-        while lines:
-            lines.pop()
-            whole = "\n".join([*lines, ""]) if lines else ""
-            header, rows, torn = _rows_of(whole)
+        while data:
+            data = data[: data[:-1].rfind(b"\n") + 1]
+            header, rows, torn = _rows_of(_decoded(data))
             if not torn and all(len(row) == len(header) for row in rows):
                 break
-        os.ftruncate(self._file, len(whole.encode()))
+        os.ftruncate(self._file, len(data))
 
     def add(self, label: Label) -> None:
         """Save one judgement, or, with an empty value, withdraw it.
@@ -434,7 +451,12 @@ class LabelFile:
 
     def _append(self, values: Iterable[Any]) -> None:
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(values)
+        values = list(map(str, values))
+        # The writer leaves a lone carriage return unquoted, the reader takes it for a line's end.
+        returns = any("\r" in value for value in values)
+        csv.writer(
+            line, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+        ).writerow(values)
         data = line.getvalue().encode()
         before = os.fstat(self._file).st_size
         try:

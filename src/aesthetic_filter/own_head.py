@@ -13,6 +13,7 @@ from aesthetic_filter.calibrate import Judged, places_of
 from aesthetic_filter.errors import SpaceError, UsageError
 from aesthetic_filter.heads.head import Head
 from aesthetic_filter.stored import stored_embeddings
+from aesthetic_filter.table import printable
 from aesthetic_filter.train import Training, train
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def train_head(
     if not known.any():
         raise UsageError("no label is of an image that has a score here")
     ids = [image for image in labels.ids if image in places]
-    vectors = stored_embeddings(scores, [places[image][1:] for image in ids])
+    vectors = stored_embeddings(scores, [places[image][1:] for image in ids], reference.width)
     weights = None
     if labels.strata is not None:
         values = np.array([places[image][0] for image in ids], np.float64)
@@ -99,8 +100,8 @@ def _source(
     said = f"trained on {trained.rows:,} {what}"
     if labels_path is not None:
         digest = hashlib.sha256(Path(labels_path).expanduser().read_bytes()).hexdigest()
-        said += f" ({Path(labels_path).name}, sha256 {digest[:12]})"
-    who = ", ".join(name for name in labels.reviewers if name)
+        said += f" ({printable(Path(labels_path).name)}, sha256 {digest[:12]})"
+    who = ", ".join(printable(name) for name in labels.reviewers if name)
     said += f" by {who}" if who else ""
     source = scores.provenance.get("source")
     said += f", embeddings of {source}" if source else ""

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from aesthetic_filter.scores import Scores
 
 
-def stored_embeddings(scores: Scores, places: Sequence[tuple[int, int]]) -> NDArray[Any]:
+def stored_embeddings(
+    scores: Scores, places: Sequence[tuple[int, int]], width: int | None = None
+) -> NDArray[Any]:
     """The embeddings of these rows, in the order in which they are given.
 
     Args:
         scores: that the rows are of.
         places: of each row, the number of the scores' file and its place there.
+        width: how many values an embedding must have; default: as most of those beside it.
 
     Returns:
         (N, D), float16 or float32, as they are stored; a row without a usable one is NaN.
@@ -54,7 +57,7 @@ def stored_embeddings(scores: Scores, places: Sequence[tuple[int, int]]) -> NDAr
         else:
             source = source or _source(scores)
             tables = _again(scores, source, part)
-        vectors = _pick(tables, rows, part)
+        vectors = _pick(tables, rows, part, width)
         if found is None:
             found = np.full((len(places), vectors.shape[1]), np.nan, vectors.dtype)
         if found.dtype != vectors.dtype:  # shards of one source may differ
@@ -100,7 +103,10 @@ def _again(
 
 
 def _pick(
-    columns: Iterator[tuple[int, pa.ChunkedArray]], rows: Sequence[int], part: Part
+    columns: Iterator[tuple[int, pa.ChunkedArray]],
+    rows: Sequence[int],
+    part: Part,
+    width: int | None,
 ) -> NDArray[Any]:
     """These rows (ascending) of a column that comes in pieces; NaN where one has no embedding."""
     wanted = np.asarray(rows)
@@ -111,7 +117,7 @@ def _pick(
         here = wanted[(wanted >= start) & (wanted < stop)] - start
         if not len(here):
             continue
-        vectors, errors = column_vectors(column)
+        vectors, errors = column_vectors(column, width)
         some = vectors[here].copy()
         some[np.isin(here, list(errors))] = np.nan
         found.append(some)
