@@ -109,8 +109,8 @@ class Comparison:
         a, b = self.names
         only_a, only_b = self.only
         lines = [
-            f"a               {a[0]}  ({a[1]})",
-            f"b               {b[0]}  ({b[1]})",
+            f"a               {printable(a[0])}  ({printable(a[1])})",
+            f"b               {printable(b[0])}  ({printable(b[1])})",
             f"images in both  {self.both:>14,}",
         ]
         lines += [f"  only in a     {only_a:>14,}"] if only_a else []

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Database:
                 "preserve_insertion_order": False,
             }
         )
+        self._turns = threading.Lock()
         self.files = tuple(files)
         self._close = weakref.finalize(self, _close, self._connection, self._spill)
         execute = self._connection.execute
@@ -113,8 +115,9 @@ class Database:
         self._run(sql)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """All rows of a small result."""
-        found: list[tuple[Any, ...]] = self._run(sql).fetchall()
+        """All rows of a small result. Several threads may ask at once; they take turns."""
+        with self._turns:
+            found: list[tuple[Any, ...]] = self._run(sql).fetchall()
         return found
 
     def row(self, sql: str) -> tuple[Any, ...]:
@@ -139,11 +142,13 @@ class Database:
     def attached(self, table: pa.Table) -> Iterator[str]:
         """Make a table in memory one that queries can name, for a while; gives its name."""
         name = f"attached_{next(_numbers)}"
-        self._connection.register(name, table)
+        with self._turns:
+            self._connection.register(name, table)
         try:
             yield name
         finally:
-            self._connection.unregister(name)
+            with self._turns:
+                self._connection.unregister(name)
 
     def _run(self, sql: str) -> Any:
         try:

@@ -181,7 +181,7 @@ def make_app(
 
     @app.post("/api/next")
     def hand_out(asked: dict[str, Any]) -> dict[str, Any]:
-        name, count = _name(asked), min(max(int(asked.get("count", 1)), 1), 48)
+        name, count = _name(asked), _count(asked)
         keys = session.hand_out(name, count + LOOK_AHEAD)
         previews.prepare([session.items[key] for key in keys])
         return {"items": [described(key) for key in keys[:count]], "status": session.status(name)}
@@ -252,6 +252,13 @@ def _name(asked: dict[str, Any]) -> str:
     return name
 
 
+def _count(asked: dict[str, Any]) -> int:
+    count = asked.get("count", 1)
+    if not isinstance(count, int):
+        raise UsageError("count is a whole number")
+    return min(max(count, 1), 48)
+
+
 def _key(asked: dict[str, Any]) -> int:
     key = asked.get("key")
     if not isinstance(key, int) or isinstance(key, bool):
@@ -272,6 +279,7 @@ def listen(port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((LOOPBACK, port))
+        made.listen()  # from now on a browser waits rather than being refused
     except OSError as error:
         made.close()
         raise UsageError(

@@ -151,8 +151,12 @@ class Session:
                     if value != SKIP and key not in seen:
                         return key
         if self._handed_out() >= self.size:
-            # The sample is full. What others judged and this one has not still tells something.
-            return next((key for other in others for key in other.said if key not in seen), None)
+            # The sample is full. Somebody may have gone without answering; and what others judged
+            # and this one has not tells how far they agree.
+            everyone = [other for other in self._reviewers.values() if other is not person]
+            waiting = (key for other in everyone for key in other.waiting)
+            judged = (key for other in others for key in other.said)
+            return next((key for key in (*waiting, *judged) if key not in seen), None)
         return self._draw_new()
 
     def _handed_out(self) -> int:
