@@ -216,7 +216,7 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         ("calibrate.py", ("database", "interval", "table", "errors")),
         ("train.py", ("heads", "interval", "errors")),
         ("stored.py", ("formats", "run_folder", "storage", "table", "errors")),
-        ("own_head.py", ("calibrate", "heads", "stored", "train", "errors")),
+        ("own_head.py", ("calibrate", "heads", "stored", "table", "train", "errors")),
         (
             "pictures.py",
             (

@@ -424,7 +424,7 @@ def test_a_target_out_of_reach_is_called_that() -> None:
     found = of(list(keep.astype(int)), list(scores), Target("precision", 0.95))
     assert found.recommendation is not None
     assert found.recommendation.threshold is None
-    assert any("precision 0.95 is not reached" in note for note in found.notes)
+    assert "for precision 0.95: no threshold reaches it" in str(found)
 
 
 def test_more_labels_are_asked_for_by_the_square_of_the_width() -> None:
@@ -487,4 +487,4 @@ def test_labels_of_images_without_a_score_are_counted(scored: Path) -> None:
     )
     judged, notes = judge(labels, af.open_scores(scored))
     assert len(judged) == 2
-    assert "1 labels are of images without a score here" in notes
+    assert "labels of images without a score here: 1" in notes

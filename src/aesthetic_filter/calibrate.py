@@ -655,7 +655,7 @@ def _row(point: Point) -> str:
 
 def _recommended(found: Recommendation, _: int) -> list[str]:
     if found.threshold is None or found.point is None:
-        return [f"for {found.target}: no threshold that the labels support reaches it"]
+        return [f"for {found.target}: no threshold reaches it, as far as these labels tell"]
     ends = ""
     if found.target.measure in ("precision", "recall"):
         ends = f"  (95%: {_end(found.low)} to {_end(found.high)})"
@@ -695,7 +695,7 @@ def judge(labels: Labels, scores: Scores) -> tuple[Judged, list[str]]:
             + (f" (the first is of {example!r})" if example else ": there are none")
         )
     if not known.all():
-        notes.append(f"{np.count_nonzero(~known):,} labels are of images without a score here")
+        notes.append(f"labels of images without a score here: {np.count_nonzero(~known):,}")
     values = np.array([found[image] for image in labels.ids if image in found], np.float64)
     keep = labels.values[known]
     if labels.strata is not None:
@@ -819,9 +819,7 @@ def verdict(
         )
     if recommendation is not None and recommendation.target.measure in ("precision", "recall"):
         measure = recommendation.target.measure
-        if recommendation.threshold is None:
-            said.append(f"{recommendation.target} is not reached by any threshold")
-        elif recommendation.more_labels:
+        if recommendation.more_labels:
             said.append(
                 f"about {recommendation.more_labels:,} more labels would bring the {measure} at "
                 "this threshold to within five points either way"

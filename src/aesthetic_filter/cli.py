@@ -732,6 +732,8 @@ def train(
 
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: a head file ends in .safetensors")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):  # rather before training than after
+        raise UsageError(f"{out}: cannot be written: no file can be made there")
     read = read_labels(labels, keep_from=keep_from, id_column=id_column, label_column=label_column)
     trained = train_head(
         read,
@@ -785,8 +787,10 @@ def compare(
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
     if out is not None:
         words = ["aesthetic-filter", "compare", str(a), str(b), "--out", str(out), "-n", str(n)]
-        words += ["--threshold", f"{found.thresholds[0]:g}"]
-        words += ["--threshold-b", f"{found.thresholds[1]:g}"]
+        words += ["--threshold", repr(found.thresholds[0])]
+        words += ["--threshold-b", repr(found.thresholds[1])]
+        words += ["--no-images"] if no_images else []
+        words += ["--source", source] if source else []
         with _show_thumbnails(as_json) as show:
             problem = comparison_page(
                 found,

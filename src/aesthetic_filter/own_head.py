@@ -88,7 +88,7 @@ def train_head(
     notes = trained.notes
     if not known.all():
         lost = int(np.count_nonzero(~known))
-        notes = (f"{lost:,} labels are of images without a score here: left out", *notes)
+        notes = (f"labels of images without a score here, left out: {lost:,}", *notes)
     return replace(trained, head=head, notes=(*labels.notes, *notes))
 
 

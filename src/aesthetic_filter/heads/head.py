@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -234,8 +235,12 @@ def save_head(head: Head, path: Path) -> None:
         **head.provenance,
     }
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(sorted_header(save(tensors, facts)))
-    beside.replace(path)
+    try:
+        beside.write_bytes(sorted_header(save(tensors, facts)))
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def read_head(path: Path) -> Head | None:

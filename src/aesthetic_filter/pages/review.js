@@ -148,7 +148,7 @@
       byId("measures").replaceChildren();
     } else if (!advice || advice.threshold === null) {
       byId("threshold").textContent = "none";
-      byId("interval").textContent = "No threshold that the labels support reaches the target.";
+      byId("interval").textContent = "No threshold reaches the target, as far as these labels tell.";
       byId("measures").replaceChildren();
     } else {
       const end = (value) => (value === null ? "not known" : value.toFixed(2));
@@ -170,7 +170,7 @@
         data: { labels: threshold, datasets: [
           line("precision", precision, "--keep"), line("recall", recall, "--accent", { borderDash: [6, 4] }),
           line("", high, "--keep", { borderWidth: 0, fill: "+1", backgroundColor: colour("--keep") + "33" }), line("", low, "--keep", { borderWidth: 0 })] },
-        options: { maintainAspectRatio: false, interaction: { mode: "index", intersect: false }, scales: { x: { ticks: { maxTicksLimit: 7, maxRotation: 0 }, grid: { display: false }, title: { display: true, text: "threshold" } }, y: { min: 0, max: 1 } }, plugins: { legend: { position: "bottom", labels: { filter: (item) => item.text } }, tooltip: { filter: (item) => item.dataset.label } } },
+        options: { maintainAspectRatio: false, interaction: { mode: "index", intersect: false }, scales: { x: { ticks: { maxTicksLimit: 6, maxRotation: 0, callback: (_, i) => +threshold[i].toFixed(2) }, grid: { display: false }, title: { display: true, text: "threshold" } }, y: { min: 0, max: 1 } }, plugins: { legend: { position: "bottom", labels: { filter: (item) => item.text } }, tooltip: { filter: (item) => item.dataset.label } } },
       };
     };
     if (!curve) { curve = chart("curve", configure); return; }
