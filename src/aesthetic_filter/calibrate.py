@@ -477,7 +477,9 @@ class Curve:
             # The measure only rises, or only falls; so must the ends of its interval, or the first
             # threshold at which chance has them reach the target would count.
             ends = measured.low[: last + 1], measured.high[: last + 1]
-            lower, upper = (_isotonic(end, rising) for end in ends)
+            # The fewer labels are above a threshold, the less its own interval counts.
+            weights = self.labels_from[: last + 1].astype(np.float64)
+            lower, upper = (_isotonic(end, rising, weights) for end in ends)
             low, high = _ends(thresholds, (lower <= target.value) & (target.value <= upper))
             if not len(reached):
                 return Recommendation(target, None, low, high, None, None)

@@ -10,6 +10,7 @@
   let asking = null;     // the request for more, while it is under way
   let saving = Promise.resolve();
   let grid = false, reveal = false;
+  const answered = new Set();  // keys: an answer may overtake a request for more, whose reply still has it
   let batch = [], current = 0;   // the grid's items, and which of them the keys act on
   let last = null;       // the last status
   const GRID = 12;
@@ -36,10 +37,14 @@
   async function fill() {
     if (asking) return asking;
     asking = (async () => {
-      await saving;
-      const found = await post("/api/next", { count: grid ? GRID : 6 });
-      const known = new Set(batch.map((item) => item.key));
-      queue = found.items.filter((item) => !(grid && known.has(item.key)));
+      let found;
+      do {
+        await saving;
+        found = await post("/api/next", { count: grid ? GRID : 6 });
+        // What is waiting stays: the reply may be older than the last answers.
+        const known = new Set([...queue, ...batch].map((item) => item.key));
+        queue.push(...found.items.filter((item) => !answered.has(item.key) && !known.has(item.key)));
+      } while (!queue.length && found.items.some((item) => answered.has(item.key)));
       for (const item of queue.slice(0, 4)) new Image().src = source(item);
       show(found.status);
     })();
@@ -107,10 +112,26 @@
       item = queue.shift();
       if (!item) return;
     }
+    answered.add(item.key);
     draw();
-    saving = saving.then(() => post("/api/label", { key: item.key, value })).then((found) => { say(null); show(found.status); }, (error) => { say(error); item.said = null; if (!grid) queue.unshift(item); draw(); });
+    saving = saving.then(() => save(item, value));
     if (grid) { if (current === batch.length) saving.then(nextBatch); }
     else if (queue.length < 3) saving.then(fill).then(draw);
+  }
+
+  async function save(item, value) {
+    let found;
+    try {
+      found = await post("/api/label", { key: item.key, value });
+    } catch (error) {  // it is not in the file: show it again
+      say(error);
+      item.said = null;
+      answered.delete(item.key);
+      if (!grid) queue.unshift(item);
+      return draw();
+    }
+    say(null);
+    show(found.status);
   }
 
   async function undo() {
@@ -120,6 +141,7 @@
       say(null);
       show(found.status);
       if (!found.item) return;
+      answered.delete(found.item.key);
       if (grid) {
         const place = batch.findIndex((item) => item.key === found.item.key);
         if (place >= 0) { batch[place].said = null; current = place; } else { batch.unshift(found.item); current = 0; }
@@ -170,12 +192,13 @@
         data: { labels: threshold, datasets: [
           line("precision", precision, "--keep"), line("recall", recall, "--accent", { borderDash: [6, 4] }),
           line("", high, "--keep", { borderWidth: 0, fill: "+1", backgroundColor: colour("--keep") + "33" }), line("", low, "--keep", { borderWidth: 0 })] },
-        options: { maintainAspectRatio: false, interaction: { mode: "index", intersect: false }, scales: { x: { ticks: { maxTicksLimit: 6, maxRotation: 0, callback: (_, i) => +threshold[i].toFixed(2) }, grid: { display: false }, title: { display: true, text: "threshold" } }, y: { min: 0, max: 1 } }, plugins: { legend: { position: "bottom", labels: { filter: (item) => item.text } }, tooltip: { filter: (item) => item.dataset.label } } },
+        options: { maintainAspectRatio: false, interaction: { mode: "index", intersect: false }, scales: { x: { ticks: { maxTicksLimit: 6, maxRotation: 0, callback: (_, i) => (i in threshold ? +threshold[i].toFixed(2) : "") }, grid: { display: false }, title: { display: true, text: "threshold" } }, y: { min: 0, max: 1 } }, plugins: { legend: { position: "bottom", labels: { filter: (item) => item.text } }, tooltip: { filter: (item) => item.dataset.label } } },
       };
     };
     if (!curve) { curve = chart("curve", configure); return; }
     const fresh = configure();
     curve.chart.data = fresh.data;
+    curve.chart.options = fresh.options;
     curve.chart.update();
   }
 
@@ -191,6 +214,7 @@
     memory.set("aesthetic-filter-reviewer", who.value);
     await saving;
     queue = [];
+    answered.clear();
     if (grid) return nextBatch();
     await fill();
     draw();
