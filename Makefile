@@ -6,7 +6,7 @@ CORE   := $(VENV)/.core
 DEV    := $(VENV)/.dev
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test browser lint format bench bench-images bench-ray heads clean
+.PHONY: demo test browser lint format bench bench-images bench-ray bench-learn heads screenshots clean
 .DEFAULT_GOAL := test
 
 $(CORE): pyproject.toml constraints.txt
@@ -55,9 +55,15 @@ bench-images: $(DEV)  ## speed of embedding images on this machine: a table, and
 bench-ray: $(DEV)   ## the same work on this machine and on Ray: a table, and bench-ray.json
 	@$(BIN)/python benchmarks/bench_ray.py --json bench-ray.json $(if $(NEMO_PYTHON),--reference-python $(NEMO_PYTHON))
 
+bench-learn: $(DEV) ## speed of reports, calibration, training and comparing, and bench-learn.json
+	@$(BIN)/python benchmarks/bench_learn.py --json bench-learn.json
+
 heads: $(DEV)       ## fold the bundled heads again from their published checkpoints
 	@$(BIN)/python scripts/build_heads.py $(CHECKPOINTS)
 
+screenshots: $(DEV) browser  ## the pictures in the README and in docs/look.md
+	@$(BIN)/python scripts/screenshots.py
+
 clean:              ## remove everything the other targets made
-	@rm -rf $(VENV) demo bench.json bench-images.json bench-ray.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) demo bench.json bench-images.json bench-ray.json bench-learn.json build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from images import run_python, write_tar
+from review_server import Server, serving
 
 TIMING = re.compile(r"[\d.]+ s, [\d,]+ rows/s")
 
@@ -57,6 +58,46 @@ def test_the_commands_for_images_run(
     kept = sorted(path.name for path in (tmp_path / "best").glob("*.jpg"))
     assert kept == [f"{number:02d}.jpg" for number in range(12)]
     assert (tmp_path / "best" / "00.jpg").samefile(tmp_path / "photos" / "00.jpg")
+
+
+def test_the_way_to_a_threshold_runs(
+    repo: Path, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From unlabelled images to a calibrated threshold, and to a head of one's own."""
+    script = [sys.executable, str(repo / "scripts/make_landscapes.py"), "photos", "160"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    monkeypatch.setenv("AESTHETIC_FILTER_MODEL_DIR", str(model_dir))
+    blocks = re.findall(r"```bash\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL)
+    commands = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    assert [command.split()[1] for command in commands] == (
+        ["score", "report", "review", "calibrate", "filter", "train", "score", "compare"]
+    )
+    threshold = ""
+    for command in commands:
+        if " review " in command:
+            _, _, scores, *options = shlex.split(command)
+            with serving(Path(scores), tmp_path, *options) as server:
+                judge_by_score(server, 100)
+            continue
+        command = re.sub(r"--min-score \S+", f"--min-score {threshold}", command)
+        result = run(command, tmp_path)
+        assert result.returncode == 0, result.stderr
+        if " calibrate " in command:
+            threshold = result.stdout.split("--min-score ")[1].strip()
+    assert len(list((tmp_path / "best").rglob("*.jpg"))) > 5
+    for page in ("report.html", "compare.html"):
+        assert (tmp_path / page).read_text().startswith("<!DOCTYPE html>")
+
+
+def judge_by_score(server: Server, count: int) -> None:
+    """Answer so many as somebody would whom the score knows, but for a few."""
+    chance = np.random.default_rng(0)
+    middle = None
+    for _ in range(count):
+        (item,) = server.post("/api/next", count=1)["items"]
+        middle = middle or item["score"]
+        keep = (item["score"] > middle) is (chance.random() < 0.97)
+        server.post("/api/label", key=item["key"], value="keep" if keep else "drop")
 
 
 def test_every_help_text_is_the_one_pasted(repo: Path, tmp_path: Path) -> None:

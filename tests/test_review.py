@@ -11,12 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ from aesthetic_filter.review.session import Session
 from browser import watched
 from conftest import Run
 from images import EXACT, jpeg, turned, write_files, write_table, write_tar
+from review_server import Server, serving
 
 HOSTILE = {
     "<img src=x onerror=alert(1)>.jpg": 900,
@@ -211,68 +208,6 @@ def test_labels_of_other_scores_are_not_mixed(scores: Path, tmp_path: Path) -> N
 
 
 # The server: who may ask, and for what.
-
-
-@dataclass
-class Server:
-    """A running review.
-
-    Attributes:
-        address: of the page, with the token.
-        labels: the label file.
-        process: the command.
-    """
-
-    address: str
-    labels: Path
-    process: subprocess.Popen[str]
-
-    @property
-    def root(self) -> str:
-        return self.address.partition("/?")[0]
-
-    @property
-    def token(self) -> str:
-        return self.address.partition("token=")[2]
-
-    def ask(
-        self, path: str, body: Any = None, *, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
-        data = None if body is None else json.dumps(body).encode()
-        given = {"content-type": "application/json", "x-token": self.token, **(headers or {})}
-        request = urllib.request.Request(
-            self.root + path, data, {k: v for k, v in given.items() if v}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                content = answer.read()
-                return answer.status, content, dict(answer.headers)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read(), dict(error.headers)
-
-    def post(self, path: str, **body: Any) -> Any:
-        status, content, _ = self.ask(path, {"reviewer": "ann", **body})
-        assert status == 200, content
-        return json.loads(content)
-
-
-@contextmanager
-def serving(scores: Path, folder: Path, *options: str) -> Iterator[Server]:
-    labels = folder / "labels.csv"
-    command = [sys.executable, "-m", "aesthetic_filter", "review", str(scores), "--no-open"]
-    command += ["--port", "0", "--labels", str(labels), "--reviewer", "ann", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
-    ) as process:
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            if not address:
-                raise AssertionError(process.stderr.read() if process.stderr else "")
-            yield Server(address, labels, process)
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
