@@ -17,7 +17,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,10 +28,11 @@ import aesthetic_filter as af
 from aesthetic_filter.calibrate import Target
 from aesthetic_filter.errors import OutputError, UsageError
 from aesthetic_filter.labels import Label, gather, read_label_rows
+from aesthetic_filter.pictures import Pictures
 from aesthetic_filter.review.session import Session
 from browser import watched
 from conftest import Run
-from images import EXACT, jpeg, turned, write_files, write_table, write_tar
+from images import EXACT, jpeg, tar_bytes, turned, write_files, write_table, write_tar
 from review_server import Server, serving
 
 HOSTILE = {
@@ -366,6 +370,58 @@ def test_images_in_tars_and_parquet(kind: str, tmp_path: Path, model_dir: Path) 
             with Image.open(BytesIO(content)) as image:
                 assert image.size == (side, side)
     assert sorted(p.name for p in (tmp_path / "in").iterdir()) == before
+
+
+def test_remote_sources(model_dir: Path, tmp_path: Path) -> None:
+    """Tars and single files on a file system that is not this machine's."""
+    memory = fsspec.filesystem("memory")
+    images = {f"{i:02d}": jpeg(i, 40 + i) for i in range(16)}
+    memory.pipe("/bucket/tars/0.tar", tar_bytes([(f"{k}.jpg", v) for k, v in images.items()]))
+    for key, data in images.items():
+        memory.pipe(f"/bucket/files/{key}.jpg", data)
+    try:
+        for kind in ("tars", "files"):
+            out = tmp_path / kind
+            af.score(f"memory://bucket/{kind}", out, model_dir=model_dir, images=EXACT)
+            opened = af.open_scores(out)
+            here = Session(opened, tmp_path / f"{kind}.csv", size=16)
+            rows = [here.items[key] for key in here.hand_out("ann", 16)]
+            here.close()
+            found = {place.image_id: picture for place, picture in Pictures(opened).fetch(rows)}
+            assert {k.rpartition("/")[2].removesuffix(".jpg") for k in found} == set(images)
+            for name, picture in found.items():
+                key = name.rpartition("/")[2].removesuffix(".jpg")
+                assert picture.data == images[key], picture.problem
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_fifty_thousand_images(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(5, 0.7, 50_000).astype(np.float32)
+    table = {
+        "image_id": [f"{i % 10}/{i:06d}.jpg" for i in range(50_000)],
+        "aesthetic_score": pa.array(values),
+        "error": pa.nulls(50_000, pa.string()),
+    }
+    pq.write_table(pa.table(table), tmp_path / "scores.parquet")
+    here = session(tmp_path / "scores.parquet", tmp_path / "l.csv", size=300)
+    chance = np.random.default_rng(1)
+    for _ in range(300):
+        (key,) = here.hand_out("ann")
+        likely = 1 / (1 + np.exp(-4 * (here.items[key].score - 5.5)))
+        here.answer("ann", key, "keep" if chance.random() < likely else "drop")
+    assert here.hand_out("ann") == []
+    found = here.estimate()
+    here.close()
+    assert found is not None
+    assert found.recommendation is not None
+    assert found.curve.population.rows == 50_000
+    assert found.curve.judged.weights.sum() == pytest.approx(50_000)
+    chances = 1 / (1 + np.exp(-4 * (values.astype(float) - 5.5)))
+    low, high = found.recommendation.low, found.recommendation.high
+    grid = found.curve.population.thresholds
+    truth = next(t for t in grid if chances[values >= np.float32(t)].mean() >= 0.9)
+    assert low <= truth <= high
 
 
 def test_a_source_that_vanishes_half_way(scores: Path, photos: Path, tmp_path: Path) -> None:

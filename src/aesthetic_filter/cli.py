@@ -784,7 +784,6 @@ def compare(
 
     first, second = open_scores(a), open_scores(b)
     found = run(first, second, threshold=threshold, threshold_b=threshold_b, n=n)
-    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
     if out is not None:
         words = ["aesthetic-filter", "compare", str(a), str(b), "--out", str(out), "-n", str(n)]
         words += ["--threshold", repr(found.thresholds[0])]
@@ -803,6 +802,8 @@ def compare(
             )
         if problem:
             print(f"aesthetic-filter: {problem}", file=sys.stderr)
+    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
+    if out is not None:
         print(f"written to {out}", file=sys.stderr if as_json else sys.stdout)
 
 
