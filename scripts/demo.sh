@@ -20,6 +20,7 @@ show aesthetic-filter summary demo/scores
 show aesthetic-filter filter demo/scores --out demo/kept --top 10% --per source \
   --where "width >= 512" --with-dropped
 show aesthetic-filter rank demo/scores -n 5
+show aesthetic-filter report demo/scores --out demo/report.html
 
 if python -c 'import torch, PIL' 2>/dev/null && aesthetic-filter models verify >/dev/null 2>&1; then
   show python scripts/make_pictures.py demo/pictures
@@ -38,7 +39,7 @@ The sample is synthetic: its scores say nothing about any picture. Now on your o
 
   source .venv/bin/activate
   aesthetic-filter score YOUR_EMBEDDINGS --out scores/
-  aesthetic-filter summary scores/
+  aesthetic-filter report scores/ --out report.html
   aesthetic-filter filter scores/ --out kept/ --min-score 5.5
 
 or on photographs (pip install ".[clip]"; fetches CLIP ViT-L/14, 1.7 GB, on first use):

@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 import aesthetic_filter as af
-from aesthetic_filter.errors import OutputError, SelectionError, UsageError
+from aesthetic_filter.errors import SelectionError
 from aesthetic_filter.report import Options, make_page, report
 from aesthetic_filter.scores import open_scores
 from browser import SIZES, Watched, as_address, watched
@@ -101,6 +102,27 @@ def made(scores: Path | af.Scores, **options: Any) -> tuple[str, dict[str, Any],
     opened = open_scores(scores) if isinstance(scores, Path) else scores
     page, problem = make_page(opened, Options(**options))
     return page, data_of(page), problem
+
+
+class Tags(HTMLParser):
+    """All elements of a page as it came, and their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def alarming(page: str) -> list[str]:
+    """Markup that came from a name: what the templates do not have."""
+    found = Tags(page)
+    more = ["script"] * (found.tags["script"] - 4)  # the data, the charts, and two of our own
+    return more + ["img"] * found.tags["img"] + found.handlers
 
 
 # What should stand there.
@@ -498,10 +520,7 @@ def test_the_printed_commands_make_it_again(embedded: Made, cli: Run, tmp_path: 
     done = run(report_, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert MADE_AT.sub("", out.read_text()) == MADE_AT.sub("", first)
-    # The scores: they are there, so nothing is left to do.
     assert again[:3] == ["aesthetic-filter", "score", str(embedded.source)]
-    done = run([*again, "--allow-foreign"], tmp_path)
-    assert done.returncode == 0, done.stderr
     new = tmp_path / "new"
     again[again.index("--out") + 1] = str(new)
     assert run([*again, "--allow-foreign"], tmp_path).returncode == 0
@@ -589,14 +608,6 @@ def test_images_of_a_folder(photos: Made, photos_page: Path) -> None:
     assert alarming(page) == []
 
 
-def alarming(page: str) -> list[str]:
-    """Markup that came from a name: elements that the templates do not have."""
-    page = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
-    return re.findall(
-        r"<img|<script|onerror=[^&]*?>(?!;)", page.replace("onerror=alert(1)&gt;", "")
-    )
-
-
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_images_of_archives(kind: str, model_dir: Path, tmp_path: Path) -> None:
     images = [jpeg(n, 30) for n in range(10)]
@@ -677,10 +688,10 @@ def test_half_of_the_files_are_gone_and_one_has_changed(
         *("--source", source, "--per-band", 99),
     )
     assert done.returncode == 0
-    assert done.stderr.startswith("aesthetic-filter: 28 of 59 images cannot be shown: ")
+    assert done.stderr.startswith("aesthetic-filter: 28 of 60 images cannot be shown: ")
     page = (tmp_path / "new/dir/r.html").read_text()
     data = check_numbers(page, photos.rows)
-    assert len(data["gallery"]) == 59
+    assert len(data["gallery"]) == 60
     why = dict.fromkeys(gone, "is gone from the source")
     why["a/03.jpg"] = "has changed since it was scored"
     why["c/05.jpg"] = "has changed since it was scored"
@@ -781,7 +792,7 @@ def test_all_scores_are_the_same(value: float, count: int, tmp_path: Path) -> No
     page, data, _ = made(path)
     check_numbers(page, found)
     assert data["grid"]["rows_from"][data["start"]] == count
-    assert len(data["gallery"]) == min(count, 40)
+    check_gallery(data, found)
     for column in data["groups"]:
         assert [g["rows_from"][0] for g in column["groups"]] == [count // 2] * 2
 
@@ -884,7 +895,6 @@ def test_what_cannot_be_made(tmp_path: Path, cli: Run) -> None:
         (["s.parquet", "--out", "x" * 300], "cannot be written: "),
         (["s.parquet", "--out", "earlier.html", "--by", "colour"], "there is no column 'colour'"),
         (["nothing", "--out", "earlier.html"], "nothing: there is nothing there"),
-        (["folder", "--out", "earlier.html"], "folder: holds no scores"),
     ):
         done = cli("report", *words)
         assert done.returncode == 2, words
@@ -911,17 +921,19 @@ def test_the_disk_is_full(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == ["earlier.html", "s.parquet"]
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """A folder whose name is not UTF-8, and one with a line break."""
+def test_names_that_are_no_text(tmp_path: Path, cli: Run) -> None:
+    """Folders whose names are not UTF-8, have a line break, or would like to be markup."""
+    here = scores_file(tmp_path / "s.parquet", np.linspace(4, 6, 50))
     for name in (os.fsdecode(b"bad\xff"), "two\nlines", SCRIPT):
-        folder = tmp_path / name
-        path = scores_file(folder / "s.parquet", np.linspace(4, 6, 50))
-        out, problem = report(open_scores(path), folder / "r.html")
+        out, problem = report(open_scores(here), tmp_path / name / "r.html")
         assert problem == ""
         assert alarming(out.read_text()) == []
-    with pytest.raises(OutputError, match="is a folder"):
-        report(open_scores(path), tmp_path)
-    assert issubclass(OutputError, UsageError)
+    for name in ("three\nlines", f"{SCRIPT} too"):
+        path = scores_file(tmp_path / name / "s.parquet", np.linspace(4, 6, 50))
+        assert alarming(made(path)[0]) == []
+    done = cli("report", "s.parquet", "--out", os.fsdecode(b"\xfe.html"), "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / os.fsdecode(b"\xfe.html")).stat().st_size > 100_000
 
 
 # In a browser.
@@ -936,6 +948,14 @@ def opened(browser: Any, photos_page: Path) -> Iterator[Watched]:
         yield seen
         assert seen.complaints == []
         assert seen.outside(as_address(photos_page)) == []
+
+
+def settle(page: Any) -> None:
+    """Charts follow a new size a few frames later."""
+    page.evaluate(
+        "new Promise(done => { let n = 6;"
+        " const f = () => --n ? requestAnimationFrame(f) : done(); f(); })"
+    )
 
 
 def keeps(found: Sequence[Row], threshold: float) -> str:
@@ -978,7 +998,7 @@ def test_opened_from_disk(photos: Made, photos_page: Path, browser: Any) -> None
         seen.page.wait_for_selector("#gallery figure")
         check_marks(seen.page, photos.rows)
         alts = seen.page.eval_on_selector_all("img", "all => all.map(i => [i.alt, i.naturalWidth])")
-        assert len(alts) == 59
+        assert len(alts) == 60
         assert all(alt and width for alt, width in alts)
         assert (
             seen.page.evaluate("document.querySelectorAll('img:not([src^=\"data:\"])').length") == 0
@@ -997,7 +1017,7 @@ def test_the_slider(photos: Made, opened: Watched) -> None:
     assert threshold_of(page) == thresholds[thresholds.index(start) + 1]
     check_marks(page, photos.rows)
     page.keyboard.press("Home")
-    assert page.inner_text("#keeps") == "keeps 59 of 59 (100.0%)"
+    assert page.inner_text("#keeps") == "keeps 60 of 60 (100.0%)"
     page.keyboard.press("End")
     assert threshold_of(page) == thresholds[-1]
     check_marks(page, photos.rows)
@@ -1033,22 +1053,16 @@ def test_the_charts_have_the_numbers(photos: Made, opened: Watched) -> None:
     data = data_of(page.content())
     page.select_option("#by", label="(folder)")
     at = threshold_of(page)
-    ((_, *lines),) = tables(
-        page.inner_html("#groups-table")
-        .replace("<tr >", "<tr>")
-        .join(("<table>", "</table>"))
-        .replace("<table><table>", "<table>")
-    )
+    ((_, *lines),) = tables(page.inner_html("#groups-table"))
     groups = grouped(photos.rows, lambda row: row["image_id"].rpartition("/")[0] or "(empty)")
     assert len(lines) == len(groups) == len(data["groups"][0]["groups"])
     for label, all_, good, _, kept, share in lines:
-        # "odd" has a folder in it by way of a name that ends a script.
         here = groups[label]
         (expected_kept,) = at_least(here, [at])
         assert (all_, good, kept) == (str(len(here)), str(len(scored(here))), str(expected_kept))
         assert share == f"{100 * expected_kept / len(scored(here)):.1f}%"
     cosines = page.evaluate("Chart.getChart('cosines').data.datasets[0].data")
-    assert sum(cosines) == 59
+    assert sum(cosines) == 60
 
 
 def test_tabs_by_keyboard(photos: Made, opened: Watched) -> None:
@@ -1125,8 +1139,8 @@ def test_the_filter_command(photos: Made, opened: Watched) -> None:
     assert words[:5] == ["aesthetic-filter", "filter", str(photos.scores), "--out", "kept"]
     assert words[5] == "--min-score"
     kept = open_scores(words[2]).select(min_score=float(words[6]))
-    assert page.inner_text("#keeps").startswith(f"keeps {kept.counts.kept} of 59 ")
-    assert 0 < kept.counts.kept < 59
+    assert page.inner_text("#keeps").startswith(f"keeps {kept.counts.kept} of 60 ")
+    assert 0 < kept.counts.kept < 60
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -1138,8 +1152,10 @@ def test_it_fits_and_prints(dark: bool, photos_page: Path, browser: Any) -> None
         assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) == dark
         for width, height in SIZES.values():
             page.set_viewport_size({"width": width, "height": height})
+            settle(page)
             assert seen.fits(), width
         page.emulate_media(media="print")
+        settle(page)
         hidden = page.locator(".no-print")
         assert hidden.count() > 3
         assert not any(found.is_visible() for found in hidden.all())

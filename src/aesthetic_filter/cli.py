@@ -617,6 +617,7 @@ def review(
 
     target = _target(target_precision, target_recall, target_kept) or DEFAULT_TARGET
     opened = open_scores(scores)
+    _warn_if_incomplete(scores)
     session = Session(opened, labels, size=sample, seed=seed, target=target)
     try:
         serve(
@@ -752,6 +753,7 @@ def train(
     print(trained)
     print(f"written to {out}")
     print(f"next: aesthetic-filter score SOURCE --head {out} --out NEW_SCORES")
+    _warn_if_incomplete(scores)
 
 
 @command(app)
@@ -805,6 +807,8 @@ def compare(
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
     if out is not None:
         print(f"written to {out}", file=sys.stderr if as_json else sys.stdout)
+    for scores in (a, b):
+        _warn_if_incomplete(scores)
 
 
 @contextmanager

@@ -443,7 +443,7 @@ class LabelFile:
         Raises:
             OutputError: the disk is full, or gone. The file is then as it was.
         """
-        score = "" if math.isnan(label.score) else f"{label.score:.6g}"
+        score = "" if math.isnan(label.score) else f"{label.score:.9g}"
         rows = label.stratum_rows or ""
         value, when = label.value, label.labelled_at or now()
         self._append((label.image_id, value, label.reviewer, when, score, label.stratum, rows))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -36,7 +37,7 @@ from aesthetic_filter.errors import (
 from aesthetic_filter.heads.head import FOREIGN_BELOW
 from aesthetic_filter.pages import CHARTS, render
 from aesthetic_filter.pictures import Pictures, Place, make_thumbnail
-from aesthetic_filter.run_folder import UNFINISHED
+from aesthetic_filter.run_folder import UNFINISHED, read_run_file
 from aesthetic_filter.sampling import Drawn, Strata, draw, stratify
 from aesthetic_filter.table import (
     COSINE,
@@ -68,12 +69,18 @@ EXAMPLES = 5
 MOST_GROUPS, MOST_COLUMNS = 12, 8
 """Of a breakdown, and how many breakdowns there are where none was asked for."""
 
+TYPICAL_GROUPS = 300_000
+"""Bytes of the breakdowns that :func:`gallery_items` allows for."""
+
 KNOWN = (IMAGE_ID, IMAGE_PATH, SHA256, SCORE, ERROR, NORM, COSINE, DROPPED_BY)
 FOLDER = "(folder)"
 """What a breakdown by the folder part of ``image_id`` is called."""
 
 LONGEST_TEXT = 300
 """Characters shown of a caption or another value."""
+
+LENGTHS, COUNTS = (LONGEST_TEXT, 200, 120, 80, 50, 30), (60, 50, 40, 30, 20, 12)
+"""Characters of a value, and values of a row, that are shown: the first pair that leaves room."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,9 @@ def report(
         MissingExtraError: thumbnails are asked for, and Pillow is not installed.
     """
     path = Path(out).expanduser()
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file, such as {path}/report.html")
+    with suppress(OSError):  # such as a name that is too long: writing it says so
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; name a file, such as {path}/report.html")
     command = command or _command(scores, path, options)
     page, problem = make_page(scores, options, command=command, on_progress=on_progress)
     write_page(path, page)
@@ -142,7 +150,8 @@ def write_page(path: Path, page: str) -> None:
     beside = path.with_name(path.name + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page, encoding="utf-8")
+        # A path that is no text, such as one that is not UTF-8, is no reason for no page.
+        beside.write_bytes(page.encode("utf-8", errors="backslashreplace"))
         beside.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
@@ -166,8 +175,14 @@ def make_page(
     strata = stratify(scores)
     gallery: list[dict[str, Any]] = []
     problem = ""
+    groups: list[dict[str, Any]] = []
     if everything is not None:
-        gallery, problem = _gallery(scores, strata, everything, start, options, on_progress)
+        broken_down = (_groups(scores, name, everything) for name in columns)
+        some = (found for found in broken_down if found is not None)
+        groups = list(some if options.by else itertools.islice(some, MOST_COLUMNS))
+        more = max(0, len(json.dumps(groups)) - TYPICAL_GROUPS)
+        left = replace(options, max_bytes=options.max_bytes - more)
+        gallery, problem = _gallery(scores, strata, everything, start, left, on_progress)
     data = {
         "grid": None if everything is None else _grid(everything),
         "start": start,
@@ -180,11 +195,7 @@ def make_page(
             {"name": name, "rows": int(rows)}
             for name, rows in zip(strata.names, strata.rows, strict=True)
         ],
-        "groups": [
-            found
-            for name in columns
-            if everything is not None and (found := _groups(scores, name, everything)) is not None
-        ],
+        "groups": groups,
         "cosines": _cosines(scores) if summary.norms else None,
         "foreign_below": FOREIGN_BELOW,
         "scores": str(scores.path),
@@ -283,13 +294,14 @@ def gallery_items(
     Raises:
         MissingExtraError: Pillow is not installed.
     """
-    facts = _facts(scores, places)
+    facts = _shortened(_facts(scores, places), max_bytes // 4)
+    texts = len(json.dumps([[place.image_id for place in places], list(facts.values())]))
     thumbnails: dict[tuple[int, int], Any] = {}
     problem = ""
     if images and "images" in scores.provenance:
         try:
             pictures = Pictures(scores, source)
-            thumbnails = _thumbnails(pictures, places, max_bytes, on_progress)
+            thumbnails = _thumbnails(pictures, places, max_bytes - texts, on_progress)
         except MissingExtraError:
             raise
         except AestheticFilterError as error:
@@ -367,16 +379,31 @@ def _facts(scores: Scores, places: Sequence[Place]) -> dict[tuple[int, int], lis
     found: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for part, row, *values in rows:
         found[int(part), int(row)] = [
-            (printable(name), _short(value))
+            (_short(name), _short(value))
             for name, value in zip(names, values, strict=True)
             if value not in (None, "")
         ]
     return found
 
 
-def _short(value: object) -> str:
+def _shortened(
+    facts: dict[tuple[int, int], list[tuple[str, str]]], room: int
+) -> dict[tuple[int, int], list[tuple[str, str]]]:
+    """The same with shorter texts, and fewer, where they would fill the page."""
+    found = facts
+    for longest, most in zip(LENGTHS, COUNTS, strict=True):
+        found = {
+            key: [(name, _short(value, longest)) for name, value in row[:most]]
+            for key, row in facts.items()
+        }
+        if len(json.dumps(list(found.values()))) <= room:
+            break
+    return found
+
+
+def _short(value: object, longest: int = LONGEST_TEXT) -> str:
     text = f"{value:.5g}" if isinstance(value, float) else printable(value)
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _thumbnails(
@@ -386,7 +413,7 @@ def _thumbnails(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[tuple[int, int], Any]:
     """A thumbnail of each row, or why there is none; together they fit the page."""
-    room = max_bytes - 900_000  # for the numbers, the chart library, and all other text
+    room = max_bytes - 700_000  # for the numbers and the chart library
     found: dict[tuple[int, int], Any] = {}
     encoded: dict[tuple[int, int], bytes] = {}
 
@@ -464,7 +491,7 @@ def _groups(scores: Scores, name: str, everything: Population) -> dict[str, Any]
     """
     ask = scores.database
     if name == FOLDER:
-        value = f"regexp_extract({quote(IMAGE_ID)}, '^(.*)/[^/]*$', 1)"
+        value = f"regexp_extract({quote(IMAGE_ID)}, '(?s)^(.*)/[^/]*$', 1)"
     else:
         value = quote(name)
     kind = ask.row(f"SELECT typeof({value}) FROM {ROWS} LIMIT 1")[0]
@@ -512,10 +539,8 @@ def _groups(scores: Scores, name: str, everything: Population) -> dict[str, Any]
 def _by_range(label: str | None) -> tuple[bool, float, str]:
     if label is None:
         return True, 0.0, ""
-    try:
-        return False, float(label.split(" to ")[0].replace(",", "")), label
-    except ValueError:
-        return False, math.inf, label
+    number = float(label.split(" to ")[0].replace(",", ""))
+    return False, math.inf if math.isnan(number) else number, label
 
 
 def _group(label: str, rows: int, bins: NDArray[np.int64]) -> dict[str, Any]:
@@ -536,6 +561,9 @@ def _grid_bin(everything: Population) -> str:
     guess = f"floor(({SCORE}::DOUBLE - {first!r}) / {step!r})::INTEGER"
     # A division may land on the wrong side of a threshold: compare with it, as filter does.
     marks = "[" + ", ".join(repr(float(np.float32(t))) for t in thresholds) + "]::FLOAT[]"
+    if (np.diff(thresholds.astype(np.float32)) <= 0).any():  # closer than float32 can tell
+        at_least = (f"({SCORE} >= {float(np.float32(t))!r}::FLOAT)::INTEGER" for t in thresholds)
+        return f"CASE WHEN {SCORED} THEN {' + '.join(at_least)} - 1 END"
     near = f"least(greatest({guess}, 0), {len(thresholds) - 1})"
     return (
         f"CASE WHEN NOT {SCORED} THEN NULL "
@@ -547,20 +575,39 @@ def _grid_bin(everything: Population) -> str:
 
 def _ranges(scores: Scores, value: str) -> str:
     """SQL for the name of the range in which a number lies; six of about equal size."""
+    finite = f"isfinite({value}::DOUBLE)"
     cuts = scores.database.order_statistics(
-        f"{value}::DOUBLE", [k / 6 for k in range(1, 6)], f"(SELECT * FROM {ROWS} WHERE {SCORED})"
+        f"{value}::DOUBLE",
+        [k / 6 for k in range(1, 6)],
+        f"(SELECT * FROM {ROWS} WHERE {SCORED} AND {finite})",
     )
-    edges = sorted(set(cuts))
     low, high = scores.database.row(
-        f"SELECT min({value})::DOUBLE, max({value})::DOUBLE FROM {ROWS}"
+        f"SELECT min({value})::DOUBLE, max({value})::DOUBLE FROM {ROWS} WHERE {finite}"
     )
-    ends = [low, *(edge for edge in edges if low < edge < high), high]
+    if low is None:
+        return f"{value}::VARCHAR"
+    ends = [low, *(edge for edge in sorted(set(cuts)) if low < edge < high), high]
+    names = [f"'{a} to {b}'" for a, b in itertools.pairwise(_told_apart(ends))]
     cases = " ".join(
-        f"WHEN {value} < {b!r}::DOUBLE THEN '{a:,.6g} to {b:,.6g}'"
-        for a, b in itertools.pairwise(ends[:-1])
+        f"WHEN {value} < {b!r}::DOUBLE THEN {name}"
+        for b, name in zip(ends[1:-1], names[:-1], strict=True)
     )
-    last = f"'{ends[-2]:,.6g} to {ends[-1]:,.6g}'"
-    return f"CASE WHEN {value} IS NULL THEN NULL {cases} ELSE {last} END"
+    return (
+        f"CASE WHEN {value} IS NULL THEN NULL WHEN NOT {finite} THEN {value}::VARCHAR "
+        f"{cases} ELSE {names[-1]} END"
+    )
+
+
+def _told_apart(numbers: Sequence[float]) -> list[str]:
+    """Ascending numbers as text: short, but no two the same."""
+    if all(number.is_integer() and abs(number) < 1e15 for number in numbers):
+        return [f"{int(number):,}" for number in numbers]
+    found: list[str] = []
+    for digits in range(6, 18):
+        found = [f"{number:,.{digits}g}" for number in numbers]
+        if len(set(found)) == len(set(numbers)):
+            break
+    return found
 
 
 # Failures, norms, provenance.
@@ -627,9 +674,15 @@ def provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def score_command(scores: Scores) -> str:
-    """The command that makes these scores again, as far as they say."""
+    """The command that makes these scores again, as far as they say.
+
+    Empty for what ``score`` does not write: rows chosen from scores, a single file, and what a
+    pipeline with stages of one's own made.
+    """
     get = scores.provenance.get
-    if not get("source"):
+    if not get("source") or get("stages") or get("selection"):
+        return ""
+    if not scores.path.is_dir() or read_run_file(scores.path) is None:
         return ""
     head = get("head", {}).get("name", "")
     words = ["aesthetic-filter", "score", str(get("source")), "--out", str(scores.path)]
@@ -654,12 +707,13 @@ def score_command(scores: Scores) -> str:
 
 def _command(scores: Scores, path: Path, options: Options) -> str:
     words = ["aesthetic-filter", "report", str(scores.path), "--out", str(path)]
-    words += ["--threshold", f"{options.threshold:g}"] if options.threshold is not None else []
+    if options.threshold is not None:
+        words += ["--threshold", repr(float(options.threshold))]
     words += ["--seed", str(options.seed)]
     words += [word for name in options.by for word in ("--by", name)]
     words += [] if options.images else ["--no-images"]
     words += ["--source", options.source] if options.source else []
     if options.max_bytes != MAX_BYTES:
-        words += ["--max-mb", f"{options.max_bytes / 1e6:g}"]
+        words += ["--max-mb", repr(options.max_bytes / 1e6)]
     words += ["--per-band", str(options.per_band)] if options.per_band != PER_BAND else []
     return shlex.join(words)

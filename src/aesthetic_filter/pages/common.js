@@ -65,18 +65,15 @@ function figure(item, open) {
 function view(items, start) {
   const dialog = byId("viewer");
   let place = start;
+  const shown = element("div");  // the buttons stay, and with them the focus
   const show = () => {
     const item = items[place];
     const facts = element("dl");
     facts.append(element("dt", { text: "score" }), element("dd", { text: item.score.toFixed(4) }));
     for (const [name, value] of item.facts) facts.append(element("dt", { text: name }), element("dd", { text: value }));
-    dialog.replaceChildren(
+    shown.replaceChildren(
       item.image ? element("img", { src: item.image.src, alt: `${item.id}, score ${item.score.toFixed(2)}` }) : element("p", { class: "warn", text: item.problem || "no image" }),
-      element("h2", { text: item.id }), facts,
-      element("form", { method: "dialog", class: "row" },
-        element("button", { type: "button", text: "← Previous", onclick: () => go(-1) }),
-        element("button", { type: "button", text: "Next →", onclick: () => go(1) }),
-        element("button", { class: "push", text: "Close", autofocus: true })));
+      element("h2", { text: item.id }), facts);
   };
   const go = (by) => { place = (place + by + items.length) % items.length; show(); };
   dialog.onkeydown = (event) => {
@@ -84,6 +81,11 @@ function view(items, start) {
     if (event.key === "ArrowRight") go(1);
   };
   dialog.onclick = (event) => { if (event.target === dialog) dialog.close(); };
+  dialog.replaceChildren(shown,
+    element("form", { method: "dialog", class: "row" },
+      element("button", { type: "button", text: "← Previous", onclick: () => go(-1) }),
+      element("button", { type: "button", text: "Next →", onclick: () => go(1) }),
+      element("button", { class: "push", text: "Close", autofocus: true })));
   show();
   dialog.showModal();
 }

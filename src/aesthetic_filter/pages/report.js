@@ -41,9 +41,9 @@
   const pictured = all.some((item) => item.image);
   const has = (item, why) => item.why.includes(why);
   const nearest = () => {
-    const at = thresholds[place];
-    const above = all.filter((item) => item.score >= at).slice(-12);
-    const below = all.filter((item) => item.score < at).slice(0, 12);
+    const stays = (item) => Math.fround(item.score) >= Math.fround(thresholds[place]);
+    const above = all.filter(stays).slice(-12);
+    const below = all.filter((item) => !stays(item)).slice(0, 12);
     return [...above, ...below];
   };
   const views = {
