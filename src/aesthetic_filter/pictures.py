@@ -120,6 +120,9 @@ class Pictures:
                     done += 1
                     if picture.data is None:
                         break
+                if not done:
+                    yield from ((row, Picture(None, "cannot be read")) for row in there)
+                    return
                 there = there[done:]
             return
         shard = self._shards.get(part.shard)

@@ -76,6 +76,9 @@ KNOWN = (IMAGE_ID, IMAGE_PATH, SHA256, SCORE, ERROR, NORM, COSINE, DROPPED_BY)
 FOLDER = "(folder)"
 """What a breakdown by the folder part of ``image_id`` is called."""
 
+PILLOW_S_LIMIT = 178_956_970
+"""``clip.preprocess.MAX_PIXELS``, which is not imported for want of Pillow."""
+
 LONGEST_TEXT = 300
 """Characters shown of a caption or another value."""
 
@@ -177,7 +180,7 @@ def make_page(
     problem = ""
     groups: list[dict[str, Any]] = []
     if everything is not None:
-        broken_down = (_groups(scores, name, everything) for name in columns)
+        broken_down = (_groups(scores, name, everything, bool(options.by)) for name in columns)
         some = (found for found in broken_down if found is not None)
         groups = list(some if options.by else itertools.islice(some, MOST_COLUMNS))
         more = max(0, len(json.dumps(groups)) - TYPICAL_GROUPS)
@@ -439,6 +442,10 @@ def _thumbnails(
             encoded = {key: t.data for key, t in fitted.items()}
             if _base64(encoded) <= room or side == SIDES[-1]:
                 found |= fitted
+    for key, data in encoded.items():
+        room -= 4 * math.ceil(len(data) / 3)
+        if room < 0:
+            found[key] = "left out, the page is full (--max-mb, or fewer --per-band)"
     return found
 
 
@@ -483,11 +490,16 @@ def _breakdown_columns(scores: Scores, by: Sequence[str]) -> list[str]:
     return [FOLDER, *(name for name in scores.columns if name not in KNOWN)]
 
 
-def _groups(scores: Scores, name: str, everything: Population) -> dict[str, Any] | None:
+def _groups(
+    scores: Scores, name: str, everything: Population, asked: bool
+) -> dict[str, Any] | None:
     """A breakdown: for each group its rows, and how many score at least each threshold.
 
     None where a column does not lend itself to it: the same value everywhere, or one's own for
-    nearly every row.
+    nearly every row; but not where it was asked for.
+
+    Raises:
+        SelectionError: it was asked for, and holds lists or the like.
     """
     ask = scores.database
     if name == FOLDER:
@@ -496,16 +508,18 @@ def _groups(scores: Scores, name: str, everything: Population) -> dict[str, Any]
         value = quote(name)
     kind = ask.row(f"SELECT typeof({value}) FROM {ROWS} LIMIT 1")[0]
     if kind.startswith(("STRUCT", "MAP", "BLOB")) or kind.endswith("]"):
+        if asked:
+            raise SelectionError(f"{name!r} holds {kind}, by which nothing can be broken down")
         return None
     distinct = int(ask.row(f"SELECT approx_count_distinct({value}) FROM {ROWS}")[0])
     numeric = kind.startswith(
         ("FLOAT", "DOUBLE", "DECIMAL", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "U", "HUGEINT")
     ) and not kind.startswith("UUID")
-    if distinct <= 1:
+    if distinct <= 1 and not asked:
         return None
     if numeric and distinct > MOST_GROUPS:
         group = _ranges(scores, value)
-    elif not numeric and distinct > 40 * MOST_GROUPS:
+    elif not numeric and distinct > 40 * MOST_GROUPS and not asked:
         return None
     else:
         group = f"{value}::VARCHAR"
@@ -699,6 +713,10 @@ def score_command(scores: Scores) -> str:
         words += ["--columns", ",".join(columns["others"])]
     encoder, preprocessing = get("encoder") or {}, get("preprocessing") or {}
     words += ["--precision", str(encoder["precision"])] if encoder.get("precision") else []
+    if encoder and not encoder.get("published", True):
+        words += ["--weights", str(encoder["name"])]
+    if preprocessing.get("max_pixels", PILLOW_S_LIMIT) != PILLOW_S_LIMIT:
+        words += ["--max-pixels", str(preprocessing["max_pixels"])]
     words += ["--decode", "fast"] if preprocessing.get("decode") == "fast" else []
     words += ["--ignore-exif"] if preprocessing.get("exif") is False else []
     words += ["--allow-truncated"] if preprocessing.get("allow_truncated") else []
