@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with nice_folder() as folder:
         encoder(folder)
         run(
             folder,
@@ -82,6 +83,17 @@ def main() -> None:
 
 
 SEEN = "(i => i && i.complete && i.naturalWidth > 0)(document.querySelector('#frame img'))"
+
+
+@contextmanager
+def nice_folder() -> Iterator[Path]:
+    """A temporary folder with a name that can be shown."""
+    folder = Path(tempfile.gettempdir()) / "demo"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def label(page: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -176,6 +177,16 @@ def test_the_pipeline_that_is_shown_runs(repo: Path, tmp_path: Path, model_dir: 
     assert "ray, 2 shards from before" in ran.stdout
     assert (tmp_path / "curated" / "00000.tar").exists()
     assert (tmp_path / "curated-scores" / "1.tar.parquet").exists()
+
+
+def test_the_chart_library_is_the_published_one_and_in_the_notice(repo: Path) -> None:
+    from aesthetic_filter.pages import CHARTS, CHARTS_SHA256
+
+    path = repo / "src/aesthetic_filter/pages" / CHARTS
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == CHARTS_SHA256
+    notice = (repo / "NOTICE").read_text()
+    assert str(path.relative_to(repo)) in notice
+    assert CHARTS_SHA256 in notice
 
 
 def test_the_numbers_that_ship_are_in_the_notice(repo: Path) -> None:
