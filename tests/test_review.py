@@ -453,6 +453,7 @@ def test_mistakes_are_explained(
     ran = cli("review", "vectors", "--no-open", "--port", "0")
     assert ran.returncode == 2
     assert "made from embeddings" in ran.stderr
+    assert not (tmp_path / "labels.csv").exists()
     ran = cli("review", scores, "--no-open", "--target-kept", "0.1", "--target-recall", "0.9")
     assert ran.returncode == 2
     assert "give one target" in ran.stderr

@@ -611,21 +611,24 @@ def review(
     ] = False,
 ) -> None:
     """Open a page to say of a sample of images: keep or drop. Ctrl-C ends it; labels stay."""
+    from aesthetic_filter.pictures import Pictures
     from aesthetic_filter.review.app import serve
     from aesthetic_filter.review.session import DEFAULT_TARGET, Session
     from aesthetic_filter.scores import open_scores
+    from aesthetic_filter.table import printable
 
     target = _target(target_precision, target_recall, target_kept) or DEFAULT_TARGET
     opened = open_scores(scores)
     _warn_if_incomplete(scores)
+    pictures = Pictures(opened, source)
     session = Session(opened, labels, size=sample, seed=seed, target=target)
     try:
         serve(
-            opened,
             session,
+            pictures,
             port=port,
             reviewer=reviewer or _login(),
-            source=source,
+            title=f"Review of {printable(scores)}",
             on_ready=functools.partial(_say_where, labels, not no_open),
         )
     except KeyboardInterrupt:  # how a review ends

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aesthetic_filter.calibrate import Target
 from aesthetic_filter.errors import AestheticFilterError, MissingExtraError, OutputError, UsageError
@@ -31,9 +31,6 @@ try:
     from fastapi.responses import HTMLResponse, JSONResponse
 except ImportError:
     raise MissingExtraError("the review page needs FastAPI and uvicorn", "web") from None
-
-if TYPE_CHECKING:
-    from aesthetic_filter.scores import Scores
 
 LOOPBACK = "127.0.0.1"
 OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
@@ -289,32 +286,30 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(
-    scores: Scores,
     session: Session,
+    pictures: Pictures,
     *,
     port: int,
     reviewer: str,
-    source: str | None = None,
+    title: str,
     on_ready: Callable[[str], None],
 ) -> None:
     """Serve the review page until it is interrupted.
 
     Args:
-        scores: what is reviewed.
         session: the review.
+        pictures: its images.
         port: where; 0: any that is free.
         reviewer: whose name the page starts with.
-        source: where the images are now, if they were moved.
+        title: of the page.
         on_ready: called with the page's address.
 
     Raises:
-        OutputError: the scores were made from embeddings: there is nothing to see.
         UsageError: the port is taken.
     """
-    previews = Previews(Pictures(scores, source))
+    previews = Previews(pictures)
     with listen(port) as listening:
         token = secrets.token_urlsafe(24)
-        title = f"Review of {printable(scores.path)}"
         app = make_app(session, previews, token, reviewer, title)
         config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")
         server = uvicorn.Server(config)
