@@ -678,11 +678,11 @@ def test_what_lies_behind_the_end_is_not_overlooked(
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (gzip.compress(b""), "is empty"),
+        (gzip.compress(b"", mtime=0), "is empty"),
         (zstd(b""), "is empty"),
         (b"<html>404</html>", "not a tar archive, or cut short before its first file"),
         (b"<html>404</html>" * 100, "not a tar archive"),
-        (gzip.compress(b"text" * 1000), "not a tar archive"),
+        (gzip.compress(b"text" * 1000, mtime=0), "not a tar archive"),
         (b"\x1f\x8b" + b"rubbish" * 200, "its compressed data are damaged"),
         (b"\x28\xb5\x2f\xfd" + b"rubbish" * 200, "its compressed data are damaged"),
         (b"PK\x03\x04" + bytes(2000), "not a tar archive"),
