@@ -22,7 +22,7 @@ from pyarrow import compute
 
 import aesthetic_filter as af
 from aesthetic_filter.errors import PipelineError, StageError, UsageError
-from images import WITHIN, affine, by_id, jpeg, members, sha256, write_files, write_tar
+from images import EXACT, WITHIN, affine, by_id, jpeg, members, sha256, write_files, write_tar
 
 Make = Callable[..., np.ndarray]
 
@@ -252,7 +252,7 @@ def test_another_threshold_scores_nothing_again(source: Path, tmp_path: Path) ->
 
 def test_from_images_to_a_writer(photos: Path, tmp_path: Path, model_dir: Path) -> None:
     reader = af.ImageReaderStage(photos)
-    embedding = af.ImageEmbeddingStage(model_dir, model_inference_batch_size=3)
+    embedding = af.ImageEmbeddingStage(model_dir, model_inference_batch_size=3, options=EXACT)
     scored = af.Pipeline([reader, embedding, scoring()]).run(scores=tmp_path / "all").table()
     ranked = sorted((row["aesthetic_score"], row["image_id"]) for row in scored.to_pylist())
     threshold, good = ranked[20][0], {name for _, name in ranked[20:]}
@@ -444,7 +444,7 @@ def test_an_own_stage_that_leaves_images_out_saves_their_embedding(
     stages = [
         af.ImageReaderStage(photos),
         LeaveOut("0.jpg"),
-        af.ImageEmbeddingStage(model_dir),
+        af.ImageEmbeddingStage(model_dir, options=EXACT),
         scoring(),
         notes,
         af.ImageWriterStage(tmp_path / "kept", format="folder"),
@@ -465,7 +465,7 @@ def test_an_own_stage_that_leaves_images_out_saves_their_embedding(
 
 def test_images_can_be_let_go_once_embedded(photos: Path, model_dir: Path) -> None:
     notes = Notes()
-    embedding = af.ImageEmbeddingStage(model_dir, remove_image_data=True)
+    embedding = af.ImageEmbeddingStage(model_dir, remove_image_data=True, options=EXACT)
     af.Pipeline([af.ImageReaderStage(photos), embedding, notes, scoring()]).run()
     assert "image" not in notes.tables[0].column_names
     assert "embedding" in notes.tables[0].column_names
@@ -577,7 +577,10 @@ def test_captions_and_json_are_carried(tmp_path: Path, model_dir: Path) -> None:
     for number in range(6):
         content += [(f"{number}.jpg", jpeg(number)), (f"{number}.txt", f"cat {number}".encode())]
     write_tar(tmp_path / "shards" / "0.tar", content)
-    stages = [af.ImageReaderStage(tmp_path / "shards"), af.ImageEmbeddingStage(model_dir)]
+    stages = [
+        af.ImageReaderStage(tmp_path / "shards"),
+        af.ImageEmbeddingStage(model_dir, options=EXACT),
+    ]
     result = af.Pipeline([*stages, scoring()]).run()
     assert result.table().column("txt" if "txt" in result.table().column_names else "caption")[
         3
