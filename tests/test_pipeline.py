@@ -22,6 +22,7 @@ from pyarrow import compute
 
 import aesthetic_filter as af
 from aesthetic_filter.errors import PipelineError, StageError, UsageError
+from aesthetic_filter.table import vectors_column
 from images import EXACT, WITHIN, affine, by_id, jpeg, members, sha256, write_files, write_tar
 
 Make = Callable[..., np.ndarray]
@@ -593,3 +594,59 @@ def test_a_reader_gives_its_rows(source: Path, photos: Path) -> None:
     assert {name for table in tables for name in table.column_names} == {"image_id", "embedding"}
     images = pa.concat_tables(af.ImageReaderStage(photos))
     assert images.column("image")[0].as_py() == (photos / "000.jpg").read_bytes()
+
+
+def adds_a_column(table: pa.Table) -> pa.Table:
+    return table.append_column("mine", pa.nulls(len(table), pa.string()))
+
+
+def claims_to_know(table: pa.Table) -> pa.Table:
+    return table.append_column("aesthetic_score", pa.array([9.9] * len(table), pa.float32()))
+
+
+def drops_all(table: pa.Table) -> pa.Table:
+    return table.slice(0, 0)
+
+
+class OwnEncoder:
+    gives = ("embedding",)
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = [self.vectors[int(name[:-4])] for name in table["image_id"].to_pylist()]
+        return table.append_column("embedding", vectors_column(np.array(rows)))
+
+
+def test_stages_that_drop_nothing_and_a_row_that_fails(vectors: np.ndarray, tmp_path: Path) -> None:
+    rows = vectors[:20].copy()
+    rows[3] = 0
+    np.save(tmp_path / "e.npy", rows)
+    stages = [af.ImageReaderStage(tmp_path / "e.npy"), adds_a_column, scoring(None)]
+    result = af.Pipeline(stages).run(scores=tmp_path / "s")
+    assert "embedding is all zeros: 1" in result.summary()
+    assert dict(af.open_scores(tmp_path / "s").summary().failures) == {"embedding is all zeros": 1}
+
+
+def test_no_stage_can_say_what_the_head_says(vectors: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", vectors[:20])
+    reader = af.ImageReaderStage(tmp_path / "e.npy")
+    found = af.Pipeline([reader, claims_to_know, scoring(None)]).run().table()
+    scores = np.array(found["aesthetic_score"].to_pylist())
+    assert np.abs(scores - affine(vectors[:20])).max() < 1e-3
+
+
+def test_a_summary_where_stages_left_nothing_to_score(photos: Path, model_dir: Path) -> None:
+    embedding = af.ImageEmbeddingStage(model_dir, options=EXACT)
+    result = af.Pipeline([af.ImageReaderStage(photos), drops_all, embedding, scoring(4.0)]).run()
+    assert result.counts.kept == 0
+    assert "kept" in result.summary()
+
+
+def test_an_encoder_of_one_s_own_that_no_row_reaches(vectors: np.ndarray, tmp_path: Path) -> None:
+    write_files(tmp_path / "folder", {f"{n}.jpg": jpeg(n) for n in range(3)})
+    stages = [drops_all, OwnEncoder(vectors), scoring()]
+    result = af.Pipeline([af.ImageReaderStage(tmp_path / "folder"), *stages]).run()
+    assert (result.counts.rows, result.counts.kept) == (3, 0)
+    assert dict(result.counts.dropped)["drops_all"] == 3

@@ -84,8 +84,9 @@ class Result:
             f"{self.seconds:.1f} s, {progress.rows:,} rows at {rate:,.3g} rows/s, "
             f"{self.backend}{again}"
         )
-        if self.warning:
-            shown = self.scores.summary().distribution()
+        whole = self.scores.summary() if self.warning else None
+        if whole is not None and whole.scored:
+            shown = whole.distribution()
             lines += ["", f"{self.warning}; what others would keep:", "", shown]
         return "\n".join(lines)
 

@@ -277,7 +277,8 @@ class Scores:
             f"SELECT count(*), avg({SCORE}), min({SCORE}), max({SCORE}), {foreign} "
             f"FROM {scored_rows}"
         )
-        by_stage = f"'dropped by ' || {DROPPED_BY}, " if "stages" in self.provenance else ""
+        marked = "stages" in self.provenance and DROPPED_BY in self.columns
+        by_stage = f"'dropped by ' || {DROPPED_BY}, " if marked else ""
         failures = dict(
             ask.rows(
                 f"SELECT coalesce({ERROR}, {by_stage}'no score'), count(*) FROM {ROWS} "

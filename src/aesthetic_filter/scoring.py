@@ -15,6 +15,7 @@ from aesthetic_filter.table import (
     ERROR,
     IMAGE_ID,
     NORM,
+    RESULT_COLUMNS,
     SCORE,
     column_vectors,
 )
@@ -41,7 +42,8 @@ def score_table(table: pa.Table, head: Head, *, threads: int | None = None) -> p
     if vectors.shape[1] != head.width and table.num_rows:
         raise wrong_width(vectors.shape[1], head)
     vectors = vectors.reshape(-1, head.width)
-    kept = [name for name in table.column_names if name not in (IMAGE_ID, EMBEDDING, ERROR)]
+    made = (IMAGE_ID, EMBEDDING, *RESULT_COLUMNS)  # what the head says, whatever a stage has added
+    kept = [name for name in table.column_names if name not in made]
     carried = {name: table.column(name) for name in kept}
     results = score_vectors(vectors, errors, head, threads=threads)
     return pa.table({IMAGE_ID: table.column(IMAGE_ID), **results, **carried})

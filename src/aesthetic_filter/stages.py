@@ -430,7 +430,8 @@ class ImageAestheticFilterStage:
                 logger.info("%s: failed: %s", name, why)
             elif by is not None:
                 dropped += 1
-                logger.info("%s: dropped: %s %.4f < %g", name, SCORE, score, self.score_threshold)
+                scored = "none" if score is None else f"{score:.4f}"
+                logger.info("%s: dropped: %s, %s %s", name, by, SCORE, scored)
             else:
                 kept += 1
         logger.info("kept %d, dropped %d, failed %d", kept, dropped, failed)

@@ -45,6 +45,10 @@ class ScoreStep:
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with its results; raises :class:`WrongEmbeddingsError` as ``score`` does."""
         check_space(self.head, table)
+        live = compute.any(live_rows(table)).as_py()
+        if EMBEDDING not in table.column_names and not live:  # none came to one's own encoder
+            none = pa.nulls(len(table), pa.list_(pa.float32(), self.head.width))
+            table = table.append_column(EMBEDDING, none)
         scored = score_table(table, self.head, threads=self.threads)
         scored = scored.append_column(EMBEDDING, table.column(EMBEDDING))
         if DROPPED_BY in scored.column_names:  # before it had an embedding: that is no fault

@@ -163,6 +163,7 @@ class RayBackend:
                             assembly.add(envelope)
             except ray.exceptions.RayError as error:
                 raise _explained(error) from None
+        assembly.check_all_arrived()
         return assembly.parts
 
     def _dataset(self, plan: Plan, shards: Sequence[Shard]) -> Any:
@@ -302,6 +303,7 @@ def _context(shards: Sequence[Shard]) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    context.max_errored_blocks = 0  # a block that is lost is a shard that is lost
     processors = int(ray.cluster_resources().get("CPU", 1))
     share = sum(shard.size for shard in shards) // (8 * processors)
     context.target_max_block_size = max(1 << 20, min(BLOCK_BYTES, share))
@@ -443,7 +445,9 @@ def _told(error: AestheticFilterError) -> list[str]:
 
 
 def _heard(shard: str, told: Sequence[str]) -> AestheticFilterError:
-    kind: type[AestheticFilterError] = getattr(errors, told[0])
+    kind: type[AestheticFilterError] | None = getattr(errors, told[0], None)
+    if kind is None:  # of somebody's own, in a stage
+        return errors.StageError(f"{shard}: {told[0]}: {told[-1]}")
     if issubclass(kind, ShardError):
         return kind(shard, told[-1])
     made_of = list(told[1:])
@@ -818,6 +822,14 @@ class _Assembly:
             self._plan.recorder.rows(shard.shard, table, envelope.size)
         if shard.rows == shard.promised:
             self._finish(number, shard)
+
+    def check_all_arrived(self) -> None:
+        """Raise :class:`ClusterError` where a shard has neither a part nor a reason why not."""
+        lost = [s.name for number, s in enumerate(self._shards) if number not in self._over]
+        if lost:
+            raise ClusterError(
+                f"Ray lost {len(lost):,} shard(s), {lost[0]} among them; run the same again"
+            )
 
     def _begin(self, number: int) -> _Open:
         shard = self._shards[number]
