@@ -220,7 +220,7 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         (
             "pictures.py",
             (
-                *("clip", "database", "formats", "run_folder", "selection", "storage"),
+                *("clip", "formats", "run_folder", "selection", "storage"),
                 *("table", "errors"),
             ),
         ),
@@ -228,8 +228,8 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
         (
             "report.py",
             (
-                *("calibrate", "clip", "database", "heads", "pages", "pictures", "run_folder"),
-                *("sampling", "table", "errors"),
+                *("calibrate", "clip", "database", "heads", "pages", "pictures", "prefetch"),
+                *("run_folder", "sampling", "table", "errors"),
             ),
         ),
         ("compare.py", ("database", "pages", "report", "table", "errors")),

@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aesthetic_filter.database import ROWS, SCORED, quote
+from aesthetic_filter.database import PART, ROW, ROWS, SCORED, quote
 from aesthetic_filter.errors import MissingExtraError, UsageError
 from aesthetic_filter.interval import Interval
 from aesthetic_filter.table import IMAGE_ID, SCORE, printable
@@ -106,8 +106,12 @@ class Judged:
     @cached_property
     def weights(self) -> F64:
         """(N,) for how many images of the data set each label stands."""
-        each: F64 = np.maximum(self.stratum_rows, self.taken) / np.maximum(self.taken, 1)
-        return each[self.strata]
+        return self._each[self.strata]
+
+    @cached_property
+    def _each(self) -> F64:
+        """(strata,) for how many images a label of each stratum stands."""
+        return np.asarray(np.maximum(self.stratum_rows, self.taken) / np.maximum(self.taken, 1))
 
     @cached_property
     def _unseen(self) -> F64:
@@ -158,13 +162,7 @@ class Judged:
         # where they agree.)
         a, c, b = (self._sums(v, above) for v in (y, y * y, one))
         a_all, c_all = (self._sums(v, everyone) for v in (y, y * y))
-        each = np.divide(
-            np.maximum(self.stratum_rows, self.taken),
-            self.taken,
-            out=np.zeros(len(self.taken)),
-            where=self.taken > 0,
-        )
-        hits, there, keeps = each @ a, each @ b, float((each @ a_all)[0])
+        hits, there, keeps = self._each @ a, self._each @ b, float((self._each @ a_all)[0])
 
         def ratio(top: F64, bottom: F64) -> F64:
             found: F64 = np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom > 0)
@@ -636,7 +634,7 @@ class Calibration:
         lines += [_row(point) for point in self.points]
         chosen = [found for found in (self.recommendation, self.best) if found is not None]
         for found in chosen:
-            lines += ["", *_recommended(found, len(self.curve.population.thresholds))]
+            lines += ["", *_recommended(found)]
         lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
@@ -655,7 +653,7 @@ def _row(point: Point) -> str:
     )
 
 
-def _recommended(found: Recommendation, _: int) -> list[str]:
+def _recommended(found: Recommendation) -> list[str]:
     if found.threshold is None or found.point is None:
         return [f"for {found.target}: no threshold reaches it, as far as these labels tell"]
     ends = ""
@@ -728,8 +726,6 @@ def scores_of(ids: tuple[str, ...], scores: Scores) -> dict[str, float]:
 
 def places_of(ids: tuple[str, ...], scores: Scores) -> dict[str, tuple[float, int, int]]:
     """The score, part and row of each of these images that has a score."""
-    from aesthetic_filter.database import PART, ROW
-
     with scores.database.attached(pa.table({"wanted": pa.array(ids, pa.string())})) as wanted:
         rows = scores.database.rows(
             f"SELECT {quote(IMAGE_ID)}, {SCORE}::DOUBLE, {PART}, {ROW} FROM {ROWS} "

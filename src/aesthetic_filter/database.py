@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,20 @@ class Database:
         finally:
             with self._turns:
                 self._connection.unregister(name)
+
+    def at(
+        self, places: Iterable[tuple[int, int]], columns: Sequence[str]
+    ) -> dict[tuple[int, int], tuple[Any, ...]]:
+        """The values of some columns in the rows at these places: (part, row)."""
+        parts, rows = zip(*places, strict=True) if (places := list(places)) else ((), ())
+        wanted = pa.table({"p": pa.array(parts, pa.int64()), "r": pa.array(rows, pa.int64())})
+        listed = ", ".join(map(quote, columns))
+        with self.attached(wanted) as name:
+            found = self.rows(
+                f"SELECT {PART}, {ROW}, {listed} FROM {ROWS} "
+                f"JOIN {name} ON {PART} = p AND {ROW} = r"
+            )
+        return {(int(part), int(row)): tuple(values) for part, row, *values in found}
 
     def _run(self, sql: str) -> Any:
         try:

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import pyarrow as pa
-
-from aesthetic_filter.database import PART, ROW, ROWS
 from aesthetic_filter.errors import AestheticFilterError, MissingExtraError, ShardError
 from aesthetic_filter.formats import ImageFormat, Shard, Wanted, formats
 from aesthetic_filter.run_folder import read_part
@@ -150,19 +147,9 @@ class Pictures:
     def _hashes(self, places: Sequence[Place]) -> dict[tuple[int, int], str]:
         if SHA256 not in self._scores.columns:
             return {}
-        wanted = pa.table(
-            {
-                "p": pa.array([place.part for place in places], pa.int64()),
-                "r": pa.array([place.row for place in places], pa.int64()),
-            }
-        )
-        ask = self._scores.database
-        with ask.attached(wanted) as name:
-            rows = ask.rows(
-                f"SELECT {PART}, {ROW}, {SHA256} FROM {ROWS} "
-                f"JOIN {name} ON {PART} = p AND {ROW} = r WHERE {SHA256} IS NOT NULL"
-            )
-        return {(int(part), int(row)): str(found) for part, row, found in rows}
+        here = [(place.part, place.row) for place in places]
+        found = self._scores.database.at(here, [SHA256])
+        return {place: str(value) for place, (value,) in found.items() if value is not None}
 
 
 def make_thumbnail(picture: Picture, side: int, quality: int = 80) -> Any:

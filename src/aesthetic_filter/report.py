@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from aesthetic_filter.calibrate import Population, population
@@ -37,6 +36,7 @@ from aesthetic_filter.errors import (
 from aesthetic_filter.heads.head import FOREIGN_BELOW
 from aesthetic_filter.pages import CHARTS, render
 from aesthetic_filter.pictures import Pictures, Place, make_thumbnail
+from aesthetic_filter.prefetch import ahead
 from aesthetic_filter.run_folder import UNFINISHED, read_run_file
 from aesthetic_filter.sampling import Drawn, Strata, draw, stratify
 from aesthetic_filter.table import (
@@ -367,26 +367,16 @@ def _facts(scores: Scores, places: Sequence[Place]) -> dict[tuple[int, int], lis
     names = [name for name in scores.columns if name not in (IMAGE_ID, SCORE, ERROR, SHA256)]
     if not names or not places:
         return {}
-    wanted = pa.table(
-        {
-            "p": pa.array([place.part for place in places], pa.int64()),
-            "r": pa.array([place.row for place in places], pa.int64()),
-        }
-    )
     names.sort(key=lambda name: name in (NORM, COSINE))  # what the source says first
-    listed = ", ".join(map(quote, names))
-    with scores.database.attached(wanted) as name:
-        rows = scores.database.rows(
-            f"SELECT {PART}, {ROW}, {listed} FROM {ROWS} JOIN {name} ON {PART} = p AND {ROW} = r"
-        )
-    found: dict[tuple[int, int], list[tuple[str, str]]] = {}
-    for part, row, *values in rows:
-        found[int(part), int(row)] = [
+    rows = scores.database.at([(place.part, place.row) for place in places], names)
+    return {
+        place: [
             (_short(name), _short(value))
             for name, value in zip(names, values, strict=True)
             if value not in (None, "")
         ]
-    return found
+        for place, values in rows.items()
+    }
 
 
 def _shortened(
@@ -424,13 +414,13 @@ def _thumbnails(
         place, picture = item
         return place, make_thumbnail(picture, SIDES[0], QUALITIES[0])
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for done, (place, shown) in enumerate(
-            _ahead(pool, shrink, pictures.fetch(places)), start=1
-        ):
-            found[place.part, place.row] = shown
-            if on_progress is not None:
-                on_progress(done, len(places))
+    workers = os.cpu_count() or 1
+    made_of = ahead(pictures.fetch(places), shrink, workers, 2 * workers)
+    for done, (place, shown) in enumerate(made_of, start=1):
+        found[place.part, place.row] = shown
+        if on_progress is not None:
+            on_progress(done, len(places))
+    with ThreadPoolExecutor(workers) as pool:
         encoded = {key: t.data for key, t in found.items() if not isinstance(t, str)}
         for side, quality in zip(SIDES[1:], QUALITIES[1:], strict=True):
             if _base64(encoded) <= room:
@@ -457,23 +447,6 @@ def _again(shown: Any, side: int, quality: int) -> Any:
 
 def _base64(encoded: Mapping[Any, bytes]) -> int:
     return sum(4 * math.ceil(len(data) / 3) for data in encoded.values())
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[tuple[Any, Any]], tuple[Any, Any]],
-    items: Iterator[tuple[Any, Any]],
-) -> Iterator[tuple[Any, Any]]:
-    """Results in order, a few under way: images are large, so not all at once."""
-    from collections import deque
-
-    pending: deque[Any] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= 2 * (os.cpu_count() or 1):
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 # Breakdowns.
@@ -629,15 +602,10 @@ def _told_apart(numbers: Sequence[float]) -> list[str]:
 
 def _failures(scores: Scores) -> list[dict[str, Any]]:
     """Reasons why rows have no score, the most frequent first, with examples."""
-    by_stage = (
-        f"'dropped by ' || {DROPPED_BY}, "
-        if "stages" in scores.provenance and DROPPED_BY in scores.columns
-        else ""
-    )
-    why = f"coalesce({ERROR}, {by_stage}'no score')"
     rows = scores.database.rows(
         f"SELECT why, count(*) OVER (PARTITION BY why) AS n, id FROM "
-        f"(SELECT {why} AS why, {quote(IMAGE_ID)} AS id, {PART} AS part, {ROW} AS row "
+        f"(SELECT {scores.why_not_scored} AS why, {quote(IMAGE_ID)} AS id, "
+        f"{PART} AS part, {ROW} AS row "
         f"FROM {ROWS} WHERE NOT {SCORED}) "
         f"QUALIFY row_number() OVER (PARTITION BY why ORDER BY part, row) <= {EXAMPLES} "
         "ORDER BY n DESC, why, part, row"

@@ -162,6 +162,13 @@ class Scores:
         """How many rows have a score."""
         return int(self.database.row(f"SELECT count(*) FROM {ROWS} WHERE {SCORED}")[0])
 
+    @property
+    def why_not_scored(self) -> str:
+        """SQL for the reason why a row has no score."""
+        marked = "stages" in self.provenance and DROPPED_BY in self.columns
+        by_stage = f"'dropped by ' || {DROPPED_BY}, " if marked else ""
+        return f"coalesce({ERROR}, {by_stage}'no score')"
+
     def rows_from(self, thresholds: NDArray[Any]) -> NDArray[np.int64]:
         """How many rows score at least each threshold, exactly.
 
@@ -277,11 +284,9 @@ class Scores:
             f"SELECT count(*), avg({SCORE}), min({SCORE}), max({SCORE}), {foreign} "
             f"FROM {scored_rows}"
         )
-        marked = "stages" in self.provenance and DROPPED_BY in self.columns
-        by_stage = f"'dropped by ' || {DROPPED_BY}, " if marked else ""
         failures = dict(
             ask.rows(
-                f"SELECT coalesce({ERROR}, {by_stage}'no score'), count(*) FROM {ROWS} "
+                f"SELECT {self.why_not_scored}, count(*) FROM {ROWS} "
                 f"WHERE NOT {SCORED} GROUP BY 1 ORDER BY 2 DESC, 1"
             )
         )

@@ -240,16 +240,7 @@ def _image_of_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _from_bytes(data: Encoded, options: Preprocessing, memory: ExitStack) -> Pixels:
-    if not len(data):
-        raise ImageError("image is empty (0 bytes)")
-    # Opening an icon decodes the image inside, whose size is known only then.
-    icon = bytes(data[:4]) == b"\0\0\1\0"
-    if icon:
-        memory.enter_context(_memory.take(MEMORY))
-    image = _open(data)
-    _check_size(image, options)
-    if not icon:
-        memory.enter_context(_memory.take(_bytes_to_decode(image, data, options)))
+    image = _admitted(data, options, memory)
     original = image.size
     extent: tuple[float, float] = original
     if options.decode == "fast" and isinstance(image, JpegImageFile):
@@ -261,6 +252,21 @@ def _from_bytes(data: Encoded, options: Preprocessing, memory: ExitStack) -> Pix
         return _pixels(image, original, extent, options)
     finally:
         image.close()
+
+
+def _admitted(data: Encoded, options: Preprocessing, memory: ExitStack) -> ImageFile.ImageFile:
+    """An image that is opened, is not too large, and has the memory that decoding it takes."""
+    if not len(data):
+        raise ImageError("image is empty (0 bytes)")
+    # Opening an icon decodes the image inside, whose size is known only then.
+    icon = bytes(data[:4]) == b"\0\0\1\0"
+    if icon:
+        memory.enter_context(_memory.take(MEMORY))
+    image = _open(data)
+    _check_size(image, options)
+    if not icon:
+        memory.enter_context(_memory.take(_bytes_to_decode(image, data, options)))
+    return image
 
 
 def _from_image(image: Image.Image, options: Preprocessing, memory: ExitStack) -> Pixels:
@@ -306,15 +312,7 @@ def _small(data: Encoded, side: int, quality: int, memory: ExitStack) -> Thumbna
     options = Preprocessing(allow_truncated=True)
     _inside.pillow = True
     try:
-        if not len(data):
-            return "image is empty (0 bytes)"
-        icon = bytes(data[:4]) == b"\0\0\1\0"
-        if icon:
-            memory.enter_context(_memory.take(MEMORY))
-        file = _open(data)
-        _check_size(file, options)
-        if not icon:
-            memory.enter_context(_memory.take(_bytes_to_decode(file, data, options)))
+        file = _admitted(data, options, memory)
         if isinstance(file, JpegImageFile):
             file.draft("RGB", (side, side))
         image: Image.Image = _load(file, data, options)
