@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from images import rows
+from ray_help import Watch, free_port, surroundings
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -159,28 +160,43 @@ def node_address() -> str:
     return found
 
 
+STOP = """
+import os
+import psutil
+from ray_help import MARK, marked
+
+for process in marked(os.environ[MARK]):
+    if process.name() in ("raylet", "gcs_server"):
+        process.terminate()
+"""
+"""``ray stop`` of one Ray: the real one stops every Ray of the machine, other tests' too."""
+
+
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, str]:
+def stand_ins(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A folder of commands as Slurm has them, for a job of one node: this machine."""
+    (tmp_path / "stop.py").write_text(STOP)
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, body in {
         "scontrol": f"echo {node_address()}",
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "aesthetic-filter": f'exec {sys.executable} -m aesthetic_filter "$@"',
-        "ray": f'exec {Path(sys.executable).parent}/ray "$@"',
+        "ray": f'[[ $1 == stop ]] && exec {sys.executable} {tmp_path}/stop.py\n'
+        f'exec {Path(sys.executable).parent}/ray "$@"',
     }.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
-    return {
-        **os.environ,
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node[1-1]",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_CPUS_PER_TASK": "2",
-        "SLURM_GPUS_ON_NODE": "0",
-        "PORT": "7391",
-    }
+    with surroundings(Watch(tmp_path / "watch")):
+        yield {
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "node[1-1]",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_CPUS_PER_TASK": "2",
+            "SLURM_GPUS_ON_NODE": "0",
+            "PORT": str(free_port()),
+        }
 
 
 def test_the_slurm_script_is_sound(repo: Path) -> None:
