@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytest
 from pyarrow import compute
 
 import aesthetic_filter as af
+from aesthetic_filter.arrangement import arrange
 from aesthetic_filter.errors import PipelineError, StageError, UsageError
 from aesthetic_filter.table import vectors_column
 from images import EXACT, WITHIN, affine, by_id, jpeg, members, sha256, write_files, write_tar
@@ -650,3 +653,244 @@ def test_an_encoder_of_one_s_own_that_no_row_reaches(vectors: np.ndarray, tmp_pa
     result = af.Pipeline([af.ImageReaderStage(tmp_path / "folder"), *stages]).run()
     assert (result.counts.rows, result.counts.kept) == (3, 0)
     assert dict(result.counts.dropped)["drops_all"] == 3
+
+
+def test_an_own_encoder_s_images_can_be_written(vectors: np.ndarray, tmp_path: Path) -> None:
+    files = {f"{n}.jpg": jpeg(n) for n in range(20)}
+    reader = af.ImageReaderStage(write_files(tmp_path / "folder", files))
+    expected = affine(vectors[:20])
+    threshold = float(np.sort(expected)[9:11].mean())
+    writer = af.ImageWriterStage(tmp_path / "kept", "folder")
+    result = af.Pipeline([reader, OwnEncoder(vectors), scoring(threshold), writer]).run()
+    kept = {f"{n}.jpg" for n in range(20) if expected[n] >= threshold}
+    assert len(kept) == 10
+    assert {path.name for path in (tmp_path / "kept").glob("*.jpg")} == kept
+    for name in kept:
+        assert (tmp_path / "kept" / name).read_bytes() == files[name]
+    rows = result.scores.table(["image_id", "image_sha256"]).to_pylist()
+    found = {row["image_id"]: row["image_sha256"] for row in rows}
+    assert found == {name: sha256(content) for name, content in files.items()}
+    # Their embeddings are kept, as the published encoder's are: another head can be tried.
+    again = af.score(result.scores.path, tmp_path / "again", allow_foreign=True)
+    ours, theirs = (s.table(["aesthetic_score"]).to_pydict() for s in (again, result.scores))
+    assert ours == theirs
+
+
+# Names that a source has for columns of its own.
+
+
+def test_a_source_s_own_columns_are_not_taken_for_ours(vectors: np.ndarray, tmp_path: Path) -> None:
+    own: dict[str, list[Any]] = {
+        "dropped_by": ["nsfw", None, 3 * "x"],
+        "image": ["http://a/1", "http://a/2", "http://a/3"],
+        "image_data": ["a", "b", None],
+    }
+    table = pa.table({"image_id": ["a", "b", "c"], "embedding": vectors_column(vectors[:3])})
+    for name, values in own.items():
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, tmp_path / "own.parquet")
+    stages = [af.ImageReaderStage(tmp_path / "own.parquet"), Plain(), scoring(), Plain()]
+    result = af.Pipeline(stages).run()
+    assert (result.counts.kept, dict(result.counts.dropped)) == (3, {})
+    found = result.scores.table().to_pydict()
+    for name, values in own.items():
+        assert found[f"source_{name}"] == values
+    assert not set(own) & set(found)
+
+
+def test_a_pipeline_s_scores_are_a_source_without_its_verdicts(
+    photos: Path, tmp_path: Path, model_dir: Path
+) -> None:
+    embedding = af.ImageEmbeddingStage(model_dir, options=EXACT)
+    first = [
+        af.ImageReaderStage(photos),
+        LeaveOut("7.jpg"),
+        embedding,
+        scoring(),
+        LeaveOut("3.jpg"),
+    ]
+    was = af.Pipeline(first).run(scores=tmp_path / "a").counts
+    assert was.dropped == {"LeaveOut": 8}
+    scores = af.score(tmp_path / "a", tmp_path / "b", allow_foreign=True)
+    failures = scores.summary().failures
+    assert failures["never embedded: was dropped by LeaveOut"] == 4
+    assert sum(failures.values()) == 5  # and the one that is no image
+    assert scores.summary().scored == 36
+    assert "dropped_by" not in scores.columns
+
+
+# Columns whose types differ.
+
+
+class Types:
+    """Adds a column whose type depends on the shard."""
+
+    def __init__(self, *kinds: Any) -> None:
+        self.kinds = kinds
+        self.calls = 0
+
+    def __repr__(self) -> str:
+        return "Types"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        kind = self.kinds[self.calls % len(self.kinds)]
+        self.calls += 1
+        values = [None if kind == pa.null() else 1] * table.num_rows
+        return table.append_column("x", pa.array(values).cast(kind))
+
+
+@pytest.fixture
+def large(tmp_path: Path, make_embeddings: Make) -> Path:
+    """One shard of several batches."""
+    path = tmp_path / "large.npy"
+    np.save(path, make_embeddings(10_000))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common"),
+    [
+        ((pa.null(), pa.int32(), pa.null()), pa.int32()),
+        ((pa.int32(), pa.int64()), pa.int64()),
+        ((pa.int32(), pa.float64(), pa.null()), pa.float64()),
+    ],
+)
+def test_columns_are_as_wide_as_any_batch_needs(
+    large: Path, tmp_path: Path, kinds: tuple[Any, ...], common: Any
+) -> None:
+    stage = Types(*kinds)
+    result = af.Pipeline([af.ImageReaderStage(large), stage, scoring()]).run(scores=tmp_path / "s")
+    assert stage.calls >= len(kinds)
+    column = result.scores.table(["x"]).column("x")
+    assert (len(column), column.type) == (10_000, common)
+    nulls = kinds.count(pa.null())
+    assert (column.null_count > 0) == (nulls > 0)
+    assert set(column.drop_null().to_pylist()) == {1}
+
+
+def test_columns_of_no_common_type_are_named(large: Path) -> None:
+    stages = [af.ImageReaderStage(large), Types(pa.int64(), pa.string()), scoring()]
+    with pytest.raises(StageError, match="the column 'x' is int64 in some tables and string in"):
+        af.Pipeline(stages).run()
+
+
+# What a stage is.
+
+
+def leaves_out(letter: str) -> Any:
+    return lambda table: table.filter(
+        pa.array([letter not in i for i in table["image_id"].to_pylist()])
+    )
+
+
+def ends_with(table: pa.Table, ending: str) -> pa.Table:
+    return table.filter(compute.ends_with(table["image_id"], ending))
+
+
+def counting() -> Any:
+    seen = 0
+
+    def stage(table: pa.Table) -> pa.Table:
+        nonlocal seen
+        seen += 1
+        return table
+
+    return stage
+
+
+def test_two_functions_are_two_stages(source: Path, tmp_path: Path) -> None:
+    reader = af.ImageReaderStage(source)
+
+    def run(stage: Any) -> int:
+        return af.Pipeline([reader, stage, scoring()]).run(scores=tmp_path / "s").counts.kept
+
+    assert run(leaves_out("7")) == run(leaves_out("7"))
+    for other in (leaves_out("8"), lambda table: table, partial(ends_with, ending="8")):
+        with pytest.raises(UsageError, match="stages"):
+            run(other)
+
+
+def test_a_stage_that_counts_its_calls_stays_what_it_is() -> None:
+    stage = counting()
+    before = arrange([READER, stage, EMBEDDING, FILTER]).identity()
+    stage(pa.table({"a": [1]}))
+    assert arrange([READER, stage, EMBEDDING, FILTER]).identity() == before
+
+
+STAGES = """
+from functools import partial
+import aesthetic_filter as af
+from aesthetic_filter.arrangement import arrange
+
+class Plain:
+    def __call__(self, table):
+        return [name for name in table if name in {"a", "b", "c", "d"}]
+
+def again(table, times=3, *, names=frozenset({"x", "y", "z"})):
+    return again(table, times - 1) if times else table
+
+stages = [Plain(), again, Plain().__call__, partial(again, times=2), lambda table: again(table)]
+stages = [af.ImageReaderStage("a/*.npy"), *stages, af.ImageAestheticFilterStage()]
+print(arrange(stages).identity())
+"""
+
+
+def test_a_stage_is_the_same_in_every_process() -> None:
+    said = set()
+    for seed in ("1", "2", "3"):
+        command, env = [sys.executable, "-c", STAGES], {**os.environ, "PYTHONHASHSEED": seed}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        said.add(ran.stdout)
+    assert len(said) == 1
+    (names,) = map(ast.literal_eval, said)
+    assert len(set(names)) == 5
+
+
+def test_where_a_stage_stands_is_part_of_what_the_run_is() -> None:
+    before, between = ([READER, Plain(), EMBEDDING, FILTER], [READER, EMBEDDING, Plain(), FILTER])
+    assert arrange(before).identity() != arrange(between).identity()
+    first, second = (arrange([READER, EMBEDDING, scoring(t), Plain()]) for t in (5, 5.0))
+    assert first.identity() == second.identity()
+
+
+# Where stages fail, and what is not the threshold's doing.
+
+
+class CannotSetUp(Plain):
+    def setup(self) -> None:
+        raise ValueError("no such model")
+
+
+def test_a_setup_that_fails_is_named(source: Path) -> None:
+    with pytest.raises(
+        StageError, match="CannotSetUp: its setup failed: ValueError: no such model"
+    ):
+        af.Pipeline([af.ImageReaderStage(source), CannotSetUp(), scoring()]).run()
+
+
+def test_a_stage_of_ours_is_not_called_otherwise_than_it_is() -> None:
+    class Mine(af.ImageEmbeddingStage):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            return table
+
+    with pytest.raises(PipelineError, match=r"Mine.*has a __call__ of its own"):
+        af.Pipeline([READER, Mine(), FILTER])
+
+
+def test_a_warning_is_of_what_the_threshold_did(source: Path) -> None:
+    reader = af.ImageReaderStage(source)
+    assert af.Pipeline([reader, scoring(0.5), drops_all]).run().warning == ""
+    assert af.Pipeline([reader, drops_all, scoring(0.5)]).run().warning == ""
+    some = af.Pipeline([reader, LeaveOut("7"), scoring(0.5)]).run()
+    assert some.warning == "score_threshold 0.5 keeps everything"
+
+
+def test_process_keeps_what_another_stage_said(vectors: np.ndarray) -> None:
+    images = [af.ImageObject(image_id=str(n), embedding=v) for n, v in enumerate(vectors[:8])]
+    batch = af.ImageBatch(images)
+    images[0].dropped_by = "nsfw"
+    assert len(scoring(None).process(batch)) == 7
+    assert images[0].dropped_by == "nsfw"
+    assert len(scoring(9.5).process(batch)) == 0
+    assert len(scoring(0.5).process(batch)) == 7  # a threshold is judged again
+    assert images[0].dropped_by == "nsfw"

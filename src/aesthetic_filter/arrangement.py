@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dis
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +20,7 @@ from aesthetic_filter.stages import (
     ImageReaderStage,
     ImageWriterStage,
 )
-from aesthetic_filter.steps import LeaveOut, OwnStep, ScoreStep, Step
+from aesthetic_filter.steps import LeaveOut, OwnStep, ScoreStep, Step, fingerprint
 from aesthetic_filter.table import EMBEDDING, IMAGE, IMAGE_DATA
 
 OwnStage = Callable[[pa.Table], pa.Table]
@@ -66,9 +71,12 @@ class Arrangement:
 
     def identity(self) -> list[str]:
         """What makes the user's own stages what they are, for the provenance."""
-        named = [_identity(stage) for stage in (*self.before, *self.between)]
+        named = [_identity(stage) for stage in self.before]
+        if self.between:
+            named += [type(self.embedding).__name__, *map(_identity, self.between)]
         if self.drops_inside:
-            named.append(f"score_threshold {self.scoring.score_threshold}")
+            threshold = self.scoring.score_threshold
+            named.append(f"score_threshold {threshold if threshold is None else float(threshold)}")
         return named + [_identity(stage) for stage in self.after]
 
     def steps(self, *, keep_embeddings: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
@@ -84,7 +92,10 @@ class Arrangement:
             *map(_own, self.after),
             LeaveOut(gone),
         )
-        return tuple(map(_own, self.before)), after
+        before: tuple[Step, ...] = tuple(map(_own, self.before))
+        if self.embedding is None and keep_embeddings:
+            before = (fingerprint, *before)
+        return before, after
 
 
 def arrange(stages: Sequence[Any]) -> Arrangement:
@@ -135,6 +146,11 @@ def check_stage(before: Sequence[Any], stage: Any) -> None:
         raise PipelineError(f"{label}: is a class; give an object: {stage.__name__}(...)")
     if isinstance(stage, _ONCE) and any(isinstance(s, type(stage)) for s in before):
         raise PipelineError(f"{label}: there is one already; its results would be overwritten")
+    if isinstance(stage, _ONCE) and type(stage).__call__ not in (c.__call__ for c in _ONCE):
+        raise PipelineError(
+            f"{label}: has a __call__ of its own, which a pipeline would not use; let it be a "
+            "class of its own, with `needs` and `gives`"
+        )
     if not callable(stage) and not isinstance(stage, ImageWriterStage):
         raise PipelineError(f"{label}: cannot be called with a table")
     given = [name for s in before for name in _columns(s, "gives")]
@@ -195,9 +211,42 @@ def _columns(stage: Any, attribute: str) -> tuple[str, ...]:
 
 
 def _identity(stage: Any) -> str:
-    """What tells a stage from another one, or from itself with other settings."""
+    """What tells a stage from another one, or from itself with other settings, in any process."""
     described = repr(stage)
-    return stage_label(stage) if " at 0x" in described else described
+    if " at 0x" not in described:
+        return described
+    is_code = isinstance(stage, FunctionType | MethodType | partial)
+    traits = "\n".join(_traits(stage if is_code else type(stage).__call__))
+    code = f" {hashlib.sha256(traits.encode()).hexdigest()[:12]}" if traits else ""
+    return stage_label(stage) + code
+
+
+def _traits(thing: Any, inside: tuple[Any, ...] = ()) -> Iterator[str]:
+    """Of a function: what it does and what it was given. Of what may change by itself, nothing."""
+    parts: tuple[Any, ...] = ()
+    if any(thing is outer for outer in inside):  # a function that calls itself
+        return
+    if isinstance(thing, FunctionType):
+        code = thing.__code__
+        known = inspect.getclosurevars(thing).nonlocals
+        own = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
+        given = (known.get(name) for name in code.co_freevars if name not in own)
+        parts = (code, thing.__defaults__, tuple((thing.__kwdefaults__ or {}).items()), *given)
+    elif isinstance(thing, CodeType):
+        yield thing.co_code.hex()
+        parts = (thing.co_names, thing.co_consts)
+    elif isinstance(thing, partial):
+        parts = (thing.func, *thing.args, *thing.keywords.items())
+    elif isinstance(thing, MethodType):
+        parts = (thing.__func__,)
+    elif isinstance(thing, tuple):
+        parts = thing
+    elif isinstance(thing, frozenset):
+        yield from sorted(map(repr, thing))
+    elif isinstance(thing, str | bytes | int | float | complex | None):
+        yield repr(thing)
+    for part in parts:
+        yield from _traits(part, (*inside, thing))
 
 
 def _own(stage: OwnStage) -> OwnStep:

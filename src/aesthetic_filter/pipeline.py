@@ -284,10 +284,10 @@ def _measure(
     embedding = _embedding_for(stages, opened, folder, strict=strict)
     with engine:
         made_from: dict[str, Any] = getattr(opened.reader, "made_from", _nothing)(opened.source)
-        if embedding is not None:
+        if opened.reader.GIVES == IMAGE:
             columns = opened.wanted.describe()
             where = {"source": opened.source.uri, "format": opened.format, "columns": columns}
-            made_from = {"images": where, **engine.describe(embedding)}
+            made_from = {"images": where, **(engine.describe(embedding) if embedding else {})}
         # The published encoder's own embeddings are what they are, however odd the pictures.
         allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
         if opened.reader.GIVES == EMBEDDING:

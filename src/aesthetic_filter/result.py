@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from aesthetic_filter.progress import Progress
+from aesthetic_filter.steps import drop_reason
 from aesthetic_filter.table import DROPPED_BY, ERROR, IMAGE_ID, SCORE
 
 if TYPE_CHECKING:
@@ -60,12 +61,19 @@ class Result:
 
     @property
     def warning(self) -> str:
-        """That the threshold keeps everything, or nothing, of what has a score; else ""."""
-        counts = self.counts
-        scored = counts.rows - counts.failed
-        if self.threshold is None or not scored or counts.kept not in (0, scored):
+        """That the threshold keeps everything, or nothing, of what comes to it; else ""."""
+        if self.threshold is None:
             return ""
-        what = "nothing" if counts.kept == 0 else "everything"
+        counts = self.counts
+        names = (drop_reason(self.threshold), f"min-score {self.threshold:g}")
+        below = sum(counts.dropped.get(name, 0) for name in names)
+        by_stages = sum(counts.dropped.values()) - below
+        if counts.kept and not below:
+            what = "everything"
+        elif below and not counts.kept and not by_stages:
+            what = "nothing"
+        else:
+            return ""
         return f"score_threshold {self.threshold:g} keeps {what}"
 
     def summary(self) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aesthetic_filter.errors import AestheticFilterError, CutShortError, OutputError
+from aesthetic_filter.errors import AestheticFilterError, CutShortError, OutputError, StageError
 from aesthetic_filter.formats.parquet import GROUP_ROWS, regroup, rows_writer
 from aesthetic_filter.journal import Journal
 from aesthetic_filter.storage import natural_order
@@ -94,6 +94,7 @@ class RunFolder:
 
         Raises:
             OSError: the part cannot be written.
+            StageError: a column is of types that no common one holds.
         """
         final = self.part_path(shard)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ class RunFolder:
 
         def fitting(schema: pa.Schema) -> Iterator[pa.Table]:
             nonlocal held
-            while held is not None and set(held.column_names) <= set(schema.names):
+            while held is not None and _with_columns_of(schema, held).equals(schema):
                 table, held = held, next(rows, None)
                 yield _fit(table, schema)
 
@@ -130,7 +131,7 @@ class RunFolder:
         try:
             schema = pa.schema([])
             while held is not None:
-                # A piece ends where a table has a column that none before it had.
+                # A piece ends where a table has a column that none before it had, or had so wide.
                 schema = _with_columns_of(schema, held).with_metadata(
                     {METADATA_KEY: stamp.encode()}
                 )
@@ -295,21 +296,52 @@ def read_part(path: Path) -> Part | None:
 
 
 def _with_columns_of(schema: pa.Schema, table: pa.Table) -> pa.Schema:
-    new = [field for field in table.schema if field.name not in schema.names]
-    return pa.schema([*schema, *new])
+    """A schema that holds the table too: with its columns, of types as wide as it needs."""
+    fields = list(schema)
+    places = {field.name: place for place, field in enumerate(fields)}
+    for field in table.schema:
+        place = places.get(field.name)
+        if place is None:
+            fields.append(field)
+        elif fields[place].type != field.type:
+            fields[place] = _unified(fields[place], field)
+    return pa.schema(fields, schema.metadata)
+
+
+def _unified(one: pa.Field, other: pa.Field) -> pa.Field:
+    schemas = [pa.schema([pa.field(one.name, field.type)]) for field in (one, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0)
+    except pa.ArrowException:
+        raise StageError(
+            f"the column {one.name!r} is {one.type} in some tables and {other.type} in others; "
+            "the stage that adds it has to give it one type"
+        ) from None
 
 
 def _fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The same rows with all columns of the schema: nulls where they had none."""
-    if table.schema.names == schema.names:
+    if table.schema.equals(schema):
         return table
     columns = [
-        table.column(field.name)
+        _cast(table.column(field.name), field)
         if field.name in table.column_names
         else pa.nulls(table.num_rows, field.type)
         for field in schema
     ]
     return pa.table(columns, schema.names)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    if column.type == field.type:
+        return column
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise StageError(
+            f"the column {field.name!r} is {column.type} in some tables and {field.type} in "
+            f"others, and cannot be both ({error}); the stage that adds it has to give it one type"
+        ) from None
 
 
 def _group_rows(schema: pa.Schema) -> int:

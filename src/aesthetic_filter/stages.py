@@ -375,7 +375,9 @@ class ImageAestheticFilterStage:
             image.aesthetic_score, image.error = score, why
             below = self.score_threshold is not None and why is None
             drops = below and np.float32(score) < np.float32(self.score_threshold)
-            image.dropped_by = drop_reason(self.score_threshold or 0.0) if drops else None
+            if image.dropped_by is None or image.dropped_by.startswith(f"{SCORE} < "):
+                # What another stage dropped stays so; what a threshold did is judged again.
+                image.dropped_by = drop_reason(self.score_threshold or 0.0) if drops else None
         kept = [i for i in batch if i.error is None and i.dropped_by is None]
         if self.verbose:
             self._log_all((i.image_id, i.aesthetic_score, i.error, i.dropped_by) for i in batch)

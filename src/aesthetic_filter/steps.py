@@ -7,6 +7,7 @@ passed over by the steps that follow. So every row that was read arrives at the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from aesthetic_filter.errors import AestheticFilterError, StageError
 from aesthetic_filter.guard import check_space
 from aesthetic_filter.heads import Head
 from aesthetic_filter.scoring import score_table
-from aesthetic_filter.table import DROPPED_BY, EMBEDDING, ERROR, IMAGE, SCORE
+from aesthetic_filter.table import DROPPED_BY, EMBEDDING, ERROR, IMAGE, SCORE, SHA256
 
 Step = Callable[[pa.Table], pa.Table]
 
@@ -105,9 +106,20 @@ class OwnStep:
         return hasattr(self.stage, "setup")
 
     def setup(self) -> None:
-        """Let the stage load what it needs, if there is a way to tell it."""
-        if self.has_setup:
+        """Let the stage load what it needs, if there is a way to tell it.
+
+        Raises:
+            StageError: it cannot.
+        """
+        if not self.has_setup:
+            return
+        try:
             self.stage.setup()  # type: ignore[attr-defined]
+        except AestheticFilterError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise StageError(f"{self.label}: its setup failed: {why}") from error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """All rows; raises :class:`StageError` where the stage fails or loses what it must not."""
@@ -149,6 +161,18 @@ class OwnStep:
                 "is which; pass all columns on, and no row twice"
             )
         return given
+
+
+def fingerprint(table: pa.Table) -> pa.Table:
+    """A step: ``image_sha256``, where an encoder of the user's own does not give it.
+
+    By it a writer knows that an image is still the one that was scored.
+    """
+    if IMAGE not in table.column_names or SHA256 in table.column_names:
+        return table
+    images = (cell.as_py() for cell in table.column(IMAGE))
+    digests = [None if i is None else hashlib.sha256(i).hexdigest() for i in images]
+    return table.append_column(SHA256, pa.array(digests, pa.string()))
 
 
 def live_rows(table: pa.Table) -> Any:

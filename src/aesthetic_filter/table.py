@@ -36,7 +36,10 @@ RESULT_COLUMNS = {
 A source's own column of one of these names becomes ``source_NAME``.
 """
 
-IMAGE_COLUMNS = (IMAGE_ID, IMAGE_PATH, IMAGE, WIDTH, HEIGHT, SHA256, EMBEDDING, *RESULT_COLUMNS)
+EMBEDDING_COLUMNS = (IMAGE_ID, EMBEDDING, IMAGE_DATA, DROPPED_BY, *RESULT_COLUMNS)
+"""The names that a source of embeddings can't use for columns of its own."""
+
+IMAGE_COLUMNS = (IMAGE_PATH, IMAGE, WIDTH, HEIGHT, SHA256, *EMBEDDING_COLUMNS)
 """The names that a source of images can't use for columns of its own."""
 
 METADATA_KEY = b"aesthetic_filter"

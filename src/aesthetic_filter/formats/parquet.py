@@ -18,11 +18,11 @@ from aesthetic_filter.storage import File, Source
 from aesthetic_filter.table import (
     COSINE,
     EMBEDDING,
+    EMBEDDING_COLUMNS,
     IMAGE,
     IMAGE_ID,
     IMAGE_PATH,
     NORM,
-    RESULT_COLUMNS,
     SCORE,
     SHA256,
     carried_names,
@@ -230,7 +230,9 @@ class Columns:
                 ) from None
             ids = compute.coalesce(given, made_ids)
         table = {IMAGE_ID: ids, EMBEDDING: embeddings}
-        taken = (IMAGE_ID, EMBEDDING, *RESULT_COLUMNS)
+        taken = set(EMBEDDING_COLUMNS)
+        if IMAGE in self.carried and not _may_hold_images(rows.schema.field(IMAGE).type):
+            taken.add(IMAGE)  # a link, say: images themselves are for stages to see, not to keep
         for name, new in carried_names(self.carried, taken).items():
             table[new] = rows.column(name)
         return pa.table(table, metadata=rows.schema.metadata)
@@ -269,6 +271,11 @@ def batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
     if not parquet.metadata.num_rows:
         yield schema.empty_table().select(columns)
+
+
+def _may_hold_images(kind: pa.DataType) -> bool:
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return pa.types.is_struct(kind) or any(check(kind) for check in binary)
 
 
 def _check_there(schema: pa.Schema, file: File, name: str, option: str) -> None:

@@ -15,6 +15,7 @@ from aesthetic_filter.formats.parquet import batches, open_parquet
 from aesthetic_filter.storage import File, Source
 from aesthetic_filter.table import (
     COSINE,
+    DROPPED_BY,
     EMBEDDING,
     ERROR,
     IMAGE_COLUMNS,
@@ -70,7 +71,13 @@ def read(source: Source, shard: Shard, wanted: Wanted) -> Iterator[pa.Table]:
         for rows in batches(parquet, kept):
             # A reason that is the head's, not the image's, is the new head's to give again.
             failed = compute.is_null(rows.column(EMBEDDING))
-            reasons = compute.if_else(failed, rows.column(ERROR), pa.scalar(None, pa.string()))
+            reasons = rows.column(ERROR)
+            if DROPPED_BY in kept:  # by a stage of that run; it is not this run's verdict
+                before = pa.scalar("never embedded: was dropped by "), rows.column(DROPPED_BY)
+                why = compute.binary_join_element_wise(*before, pa.scalar(""))
+                reasons = compute.coalesce(reasons, why)
+                rows = rows.drop_columns([DROPPED_BY])
+            reasons = compute.if_else(failed, reasons, pa.scalar(None, pa.string()))
             place = rows.column_names.index(ERROR)
             yield rows.set_column(place, ERROR, reasons)
 
