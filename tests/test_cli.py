@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 
 import aesthetic_filter as af
 from aesthetic_filter import cli as commands
+from aesthetic_filter.cli.progress import Lines
 
 REFERENCE = "sac+logos+ava1-l14-linearMSE"
 BUNDLED = [REFERENCE, "ava+logos-l14-linearMSE", "laion-v1", "sac-public"]
@@ -371,7 +372,7 @@ def progress(**facts: Any) -> af.Progress:
 
 
 def test_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    show = commands._Lines()
+    show = Lines()
     show(progress(rows=10, bytes=100))
     assert capsys.readouterr() == ("", "")  # not yet
     show.EVERY = 0.0
@@ -387,7 +388,7 @@ def test_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plain_lines_where_there_is_no_terminal(long_source: Path, tmp_path: Path) -> None:
-    code = "from aesthetic_filter import cli; cli._Lines.EVERY = 0.05; cli.main()"
+    code = "from aesthetic_filter.cli import main, progress; progress.Lines.EVERY = 0.05; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "score", str(long_source), "--out", "s"],
         cwd=tmp_path,
