@@ -37,7 +37,7 @@ from aesthetic_filter.heads.head import FOREIGN_BELOW
 from aesthetic_filter.pages import CHARTS, render
 from aesthetic_filter.pictures import Pictures, Place, make_thumbnail
 from aesthetic_filter.prefetch import ahead
-from aesthetic_filter.run_folder import UNFINISHED, read_run_file
+from aesthetic_filter.run_folder import read_run_file
 from aesthetic_filter.sampling import Drawn, Strata, draw, stratify
 from aesthetic_filter.table import (
     COSINE,
@@ -50,6 +50,7 @@ from aesthetic_filter.table import (
     SHA256,
     printable,
 )
+from aesthetic_filter.whole import write_whole
 
 if TYPE_CHECKING:
     from aesthetic_filter.scores import Scores
@@ -150,17 +151,13 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    beside = path.with_name(path.name + UNFINISHED)
+    # A path that is no text, such as one that is not UTF-8, is no reason for no page.
+    content = page.encode("utf-8", errors="backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A path that is no text, such as one that is not UTF-8, is no reason for no page.
-        beside.write_bytes(page.encode("utf-8", errors="backslashreplace"))
-        beside.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def make_page(

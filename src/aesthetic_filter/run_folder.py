@@ -25,6 +25,7 @@ from aesthetic_filter.formats.parquet import GROUP_ROWS, regroup, rows_writer
 from aesthetic_filter.journal import Journal
 from aesthetic_filter.storage import natural_order
 from aesthetic_filter.table import EMBEDDING, METADATA_KEY, SCORE
+from aesthetic_filter.whole import UNFINISHED, write_whole
 
 if TYPE_CHECKING:
     from aesthetic_filter.heads import Head
@@ -35,7 +36,6 @@ COUNTS_KEY = b"aesthetic_filter_counts"
 
 SCHEMA_VERSION = 1
 _LOCK = ".lock"
-UNFINISHED = ".unfinished"
 JOURNAL = ".embedded"
 
 EMBEDDED_GROUP_ROWS = 8_192
@@ -378,14 +378,8 @@ def unwritable(path: Path, error: OSError) -> AestheticFilterError:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that appears whole or not at all."""
-    beside = path.with_name(path.name + UNFINISHED)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def provenance(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from aesthetic_filter import kernels
 from aesthetic_filter.errors import ChecksumError, HeadError, WidthError
 from aesthetic_filter.kernels import F32, Measurement
+from aesthetic_filter.whole import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -234,13 +234,7 @@ def save_head(head: Head, path: Path) -> None:
         "weights_sha256": head.sha256,
         **head.provenance,
     }
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_bytes(sorted_header(save(tensors, facts)))
-        beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_whole(path, sorted_header(save(tensors, facts)))
 
 
 def read_head(path: Path) -> Head | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aesthetic_filter.errors import OutputError
-from aesthetic_filter.run_folder import UNFINISHED, scores_around, write_json
+from aesthetic_filter.run_folder import scores_around, write_json
+from aesthetic_filter.whole import UNFINISHED, write_whole
 
 SELECTION_FILE = "_selection.json"
 FILES_FILE = "_files.jsonl"
@@ -91,9 +92,8 @@ def _is_row_file(name: str) -> bool:
 
 
 def _list_files(folder: Path, names: list[str]) -> None:
-    beside = folder / (FILES_FILE + UNFINISHED)
-    beside.write_text("".join(f"{json.dumps(name)}\n" for name in names), encoding="utf-8")
-    beside.replace(folder / FILES_FILE)
+    lines = "".join(f"{json.dumps(name)}\n" for name in names)
+    write_whole(folder / FILES_FILE, lines.encode())
 
 
 def _relative(path: Path, root: Path) -> str:
