@@ -753,3 +753,20 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
             tmp_path / "s",
             images=af.ImageOptions(weights=tmp_path / "b32.safetensors", precision="float32"),
         )
+
+
+@pytest.mark.parametrize(
+    ("out", "problem"),
+    [("taken", "taken: holds other files (mine.txt"), ("s3://b/k", "written to a local folder")],
+)
+def test_nothing_is_scored_for_a_folder_that_cannot_be_written(
+    out: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: list[bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "photos", {"a.jpg": jpeg(1)})
+    write_files(tmp_path / "taken", {"mine.txt": b"mine"})
+    done = run("filter", "photos", "--out", out, "--top", 1, "--as", "folder", "--scores", "s")
+    assert done.exit_code == 2
+    assert problem in done.stderr
+    assert not embedded
+    assert not (tmp_path / "s").exists()

@@ -304,6 +304,18 @@ def test_images_are_not_written_from_embeddings(source: Path, tmp_path: Path) ->
     writer = af.ImageWriterStage(tmp_path / "kept")
     with pytest.raises(UsageError, match="there are no images to write"):
         af.Pipeline([af.ImageReaderStage(source), scoring(4.5), writer]).run()
+    assert not (tmp_path / "kept-scores").exists()  # said before anything is scored
+
+
+def test_a_folder_that_is_somebody_s_is_refused_before_anything_is_scored(
+    source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("mine")
+    writer = af.ImageWriterStage(tmp_path / "kept", "csv")
+    with pytest.raises(UsageError, match=r"kept: holds other files \(mine.txt"):
+        af.Pipeline([af.ImageReaderStage(source), scoring(4.5), writer]).run()
+    assert not (tmp_path / "kept-scores").exists()
 
 
 @pytest.mark.parametrize(("threshold", "what"), [(0.5, "everything"), (9.5, "nothing")])

@@ -42,6 +42,8 @@ from aesthetic_filter.run_folder import (
     read_part,
     read_run_file,
 )
+from aesthetic_filter.selection.images import check_images
+from aesthetic_filter.selection.output import check_folder
 from aesthetic_filter.stages import (
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
@@ -288,6 +290,9 @@ def _measure(
             columns = opened.wanted.describe()
             where = {"source": opened.source.uri, "format": opened.format, "columns": columns}
             made_from = {"images": where, **(engine.describe(embedding) if embedding else {})}
+        if stages.writer is not None:  # rather before hours of scoring than after
+            check_images("images" in made_from, stages.writer.format)
+            check_folder(local_folder(stages.writer.output_dir))
         # The published encoder's own embeddings are what they are, however odd the pictures.
         allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
         if opened.reader.GIVES == EMBEDDING:

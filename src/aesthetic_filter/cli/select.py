@@ -85,9 +85,11 @@ def _filter(
 ) -> None:
     """Keep rows or images by rules; rules combine, and nothing is scored again."""
     from aesthetic_filter.formats import ImageOutput
+    from aesthetic_filter.run_folder import local_folder
     from aesthetic_filter.scores import is_scores, open_scores
     from aesthetic_filter.selection.engine import check_selection
     from aesthetic_filter.selection.images import check_source_for
+    from aesthetic_filter.selection.output import check_folder
 
     modifiers = Modifiers(per=per, seed=seed)
     chosen = [
@@ -104,6 +106,7 @@ def _filter(
         from aesthetic_filter.clip.options import ImageOptions
 
         check_source_for(scores, as_)  # likewise
+        check_folder(local_folder(out))
         folder = scores_folder or str(Path(out).expanduser().parent / "scores")
         broken = run_score(
             scores,

@@ -89,8 +89,17 @@ def check_source_for(source: str, as_: str) -> None:
         SourceError: there is nothing that could be scored.
     """
     _, reader = find_format(list_source(source))
+    check_images(reader.GIVES == "image", as_)
+
+
+def check_images(there: bool, as_: str) -> None:
+    """Refuse to write images where there are none.
+
+    Raises:
+        OutputError: images are to be written, and what is scored has only embeddings.
+    """
     can_be_rows = as_ not in image_writers() or as_ == "parquet"
-    if reader.GIVES != "image" and not can_be_rows:
+    if not there and not can_be_rows:
         raise no_images()
 
 

@@ -38,7 +38,7 @@ def replaced(folder: Path, describe: Callable[[], Mapping[str, Any]]) -> Iterato
     Raises:
         OutputError: the folder holds something else, or cannot be written.
     """
-    _check(folder)
+    check_folder(folder)
     staging = folder / _STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -106,7 +106,12 @@ def _remove_empty(folder: Path, inner: Path) -> None:
         inner = inner.parent
 
 
-def _check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that a selection cannot be written to.
+
+    Raises:
+        OutputError: it holds something else, or is none.
+    """
     if folder.is_file():
         raise OutputError(f"{folder}: is a file; give a folder")
     if scores_around(folder):
