@@ -195,7 +195,8 @@ def test_kernels_import_nothing_of_the_package_until_there_are_rows() -> None:
                 *("steps", "storage", "table", "errors"),
             ),
         ),
-        ("arrangement.py", ("stages", "steps", "table", "errors")),
+        ("identity.py", ()),
+        ("arrangement.py", ("identity", "stages", "steps", "table", "errors")),
         (
             "backends/",
             (

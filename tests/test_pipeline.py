@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,21 @@ def test_images_are_not_written_from_embeddings(source: Path, tmp_path: Path) ->
     with pytest.raises(UsageError, match="there are no images to write"):
         af.Pipeline([af.ImageReaderStage(source), scoring(4.5), writer]).run()
     assert not (tmp_path / "kept-scores").exists()  # said before anything is scored
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [("o", "o/kept"), ("o/scores", "o"), ("o", "o"), ("s", "file/kept")]
+)
+def test_folders_in_each_other_s_way_are_refused_before_anything_is_scored(
+    source: Path, tmp_path: Path, scores: str, kept: str
+) -> None:
+    (tmp_path / "file").touch()
+    writer = af.ImageWriterStage(tmp_path / kept, "csv")
+    with pytest.raises(UsageError, match=r"need folders apart|file: is a file"):
+        af.Pipeline([af.ImageReaderStage(source), scoring(4.5), writer]).run(
+            scores=tmp_path / scores
+        )
+    assert not list(tmp_path.rglob("*.npy.parquet"))
 
 
 def test_a_folder_that_is_somebody_s_is_refused_before_anything_is_scored(
@@ -688,6 +704,31 @@ def test_an_own_encoder_s_images_can_be_written(vectors: np.ndarray, tmp_path: P
     assert ours == theirs
 
 
+class Digests(OwnEncoder):
+    """An encoder that gives the digest too."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        digests = [sha256(image) for image in table["image"].to_pylist()]
+        return super().__call__(table.append_column("image_sha256", pa.array(digests)))
+
+
+def test_an_own_encoder_may_give_the_digest_itself(vectors: np.ndarray, tmp_path: Path) -> None:
+    files = {f"{n}.jpg": jpeg(n) for n in range(5)}
+    reader = af.ImageReaderStage(write_files(tmp_path / "folder", files))
+    writer = af.ImageWriterStage(tmp_path / "kept", "folder")
+    result = af.Pipeline([reader, Digests(vectors), scoring(), writer]).run()
+    assert result.counts.kept == 5
+    assert [name for name in result.scores.columns if "sha256" in name] == ["image_sha256"]
+
+
+def test_a_column_that_is_there_twice_is_named(source: Path) -> None:
+    def doubles(table: pa.Table) -> pa.Table:
+        return table.append_column("image_id", table["image_id"])
+
+    with pytest.raises(StageError, match="gave the column 'image_id' twice"):
+        af.Pipeline([af.ImageReaderStage(source), doubles, scoring()]).run()
+
+
 # Names that a source has for columns of its own.
 
 
@@ -747,8 +788,10 @@ class Types:
     def __call__(self, table: pa.Table) -> pa.Table:
         kind = self.kinds[self.calls % len(self.kinds)]
         self.calls += 1
-        values = [None if kind == pa.null() else 1] * table.num_rows
-        return table.append_column("x", pa.array(values).cast(kind))
+        values = pa.array([None if kind == pa.null() else 1] * table.num_rows)
+        if pa.types.is_dictionary(kind):
+            return table.append_column("x", values.cast(kind.value_type).dictionary_encode())
+        return table.append_column("x", values.cast(kind))
 
 
 @pytest.fixture
@@ -765,6 +808,7 @@ def large(tmp_path: Path, make_embeddings: Make) -> Path:
         ((pa.null(), pa.int32(), pa.null()), pa.int32()),
         ((pa.int32(), pa.int64()), pa.int64()),
         ((pa.int32(), pa.float64(), pa.null()), pa.float64()),
+        ((pa.string(), pa.dictionary(pa.int32(), pa.string())), pa.string()),
     ],
 )
 def test_columns_are_as_wide_as_any_batch_needs(
@@ -777,7 +821,7 @@ def test_columns_are_as_wide_as_any_batch_needs(
     assert (len(column), column.type) == (10_000, common)
     nulls = kinds.count(pa.null())
     assert (column.null_count > 0) == (nulls > 0)
-    assert set(column.drop_null().to_pylist()) == {1}
+    assert set(map(int, column.drop_null().to_pylist())) == {1}
 
 
 def test_columns_of_no_common_type_are_named(large: Path) -> None:
@@ -822,40 +866,145 @@ def test_two_functions_are_two_stages(source: Path, tmp_path: Path) -> None:
             run(other)
 
 
-def test_a_stage_that_counts_its_calls_stays_what_it_is() -> None:
-    stage = counting()
-    before = arrange([READER, stage, EMBEDDING, FILTER]).identity()
-    stage(pa.table({"a": [1]}))
-    assert arrange([READER, stage, EMBEDDING, FILTER]).identity() == before
+class Model:
+    """Something that says nothing of itself."""
+
+
+@dataclass
+class Nsfw:
+    limit: int
+    labels: frozenset[str] = frozenset()
+    model: Model = field(default_factory=Model)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return table
+
+
+def only(table: pa.Table, k: object) -> pa.Table:
+    return table if k else table.slice(0, 0)
+
+
+def captures(*values: Any) -> Any:
+    return lambda table: (table, values)[0]
+
+
+def captures_two(keep: Any, drop: Any) -> Any:
+    return lambda table: (table, keep, drop)[0]
+
+
+class A(Plain):
+    """One callable."""
+
+
+class B(Plain):
+    """Another."""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Nsfw(10), lambda: Nsfw(40)),
+        (lambda: Nsfw(10, frozenset("ab")), lambda: Nsfw(10, frozenset("ac"))),
+        (lambda: captures(np.int64(10)), lambda: captures(np.int64(40))),
+        (lambda: captures(Path("a")), lambda: captures(Path("b"))),
+        (lambda: captures(len), lambda: captures(max)),
+        (lambda: captures(["a"]), lambda: captures(["b"])),
+        (lambda: captures({"a": 1}), lambda: captures({"a": 2})),
+        (lambda: captures(np.arange(9999)), lambda: captures(np.arange(9999) // 5000 * 4999)),
+        (lambda: captures_two(("c", "a"), ("b",)), lambda: captures_two(("a",), ("b", "c"))),
+        (lambda: partial(only, k=[1]), lambda: partial(only, k=[2])),
+        (lambda: partial(A(), k=1), lambda: partial(B(), k=1)),
+        (lambda: Nsfw(10).__call__, lambda: Nsfw(40).__call__),
+    ],
+)
+def test_settings_tell_stages_apart(one: Callable[[], Any], other: Callable[[], Any]) -> None:
+    assert identity(one()) == identity(one())
+    assert identity(one()) != identity(other())
+
+
+def identity(stage: Any) -> list[str]:
+    return arrange([READER, stage, EMBEDDING, FILTER]).identity()
+
+
+def nested() -> Any:
+    seen = 0
+
+    def stage(table: pa.Table) -> pa.Table:
+        def bump() -> None:
+            nonlocal seen
+            seen += 1
+
+        bump()
+        return table
+
+    return stage
+
+
+def lazy() -> Any:
+    model = None
+
+    def load() -> None:
+        nonlocal model
+        model = model or object()
+
+    def stage(table: pa.Table) -> pa.Table:
+        load()
+        return table if model else table.slice(0, 0)
+
+    return stage
+
+
+def half_made() -> Any:
+    if not Path("/").exists():
+        log = print
+
+    def stage(table: pa.Table) -> pa.Table:
+        return table if table.num_rows else log(table)  # type: ignore[no-any-return]
+
+    return stage
+
+
+def mutual() -> Any:
+    calls: list[Any] = []
+    calls += [lambda table, n=n: [call(table) for call in calls[:n]] for n in range(30)]
+    return calls[-1]
+
+
+@pytest.mark.parametrize("make", [counting, nested, lazy, half_made, mutual])
+def test_a_function_that_is_used_stays_what_it_is(make: Callable[[], Any]) -> None:
+    stage = make()
+    before = identity(stage)
+    if make is not mutual:
+        stage(pa.table({"a": [1]}))
+    assert identity(stage) == before == identity(make())
 
 
 STAGES = """
-from functools import partial
+import sys
+sys.path.insert(0, {tests!r})
 import aesthetic_filter as af
-from aesthetic_filter.arrangement import arrange
+from test_pipeline import *
 
-class Plain:
-    def __call__(self, table):
-        return [name for name in table if name in {"a", "b", "c", "d"}]
+def again(table, times=3, *, names=frozenset({{"x", "y", "z"}})):
+    return again(table, times - 1) if times else [n for n in table if n in {{"a", "b", "c", "d"}}]
 
-def again(table, times=3, *, names=frozenset({"x", "y", "z"})):
-    return again(table, times - 1) if times else table
-
+sets = frozenset({{frozenset("abc"), frozenset("cde")}})
 stages = [Plain(), again, Plain().__call__, partial(again, times=2), lambda table: again(table)]
-stages = [af.ImageReaderStage("a/*.npy"), *stages, af.ImageAestheticFilterStage()]
-print(arrange(stages).identity())
+stages += [Nsfw(1, frozenset("abcdef")), captures(sets, Model()), nested(), mutual()]
+print([name for stage in stages for name in identity(stage)])
 """
 
 
 def test_a_stage_is_the_same_in_every_process() -> None:
     said = set()
     for seed in ("1", "2", "3"):
-        command, env = [sys.executable, "-c", STAGES], {**os.environ, "PYTHONHASHSEED": seed}
+        program = STAGES.format(tests=str(Path(__file__).parent))
+        command, env = [sys.executable, "-c", program], {**os.environ, "PYTHONHASHSEED": seed}
         ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         said.add(ran.stdout)
     assert len(said) == 1
     (names,) = map(ast.literal_eval, said)
-    assert len(set(names)) == 5
+    assert len(set(names)) == 9
 
 
 def test_where_a_stage_stands_is_part_of_what_the_run_is() -> None:
@@ -893,6 +1042,8 @@ def test_a_warning_is_of_what_the_threshold_did(source: Path) -> None:
     reader = af.ImageReaderStage(source)
     assert af.Pipeline([reader, scoring(0.5), drops_all]).run().warning == ""
     assert af.Pipeline([reader, drops_all, scoring(0.5)]).run().warning == ""
+    none = af.Pipeline([reader, LeaveOut("7"), scoring(9.5)]).run()
+    assert none.warning == "score_threshold 9.5 keeps nothing"
     some = af.Pipeline([reader, LeaveOut("7"), scoring(0.5)]).run()
     assert some.warning == "score_threshold 0.5 keeps everything"
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dis
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import pyarrow as pa
 
 from aesthetic_filter.errors import PipelineError
+from aesthetic_filter.identity import FUNCTIONS, told
 from aesthetic_filter.stages import (
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
     ImageReaderStage,
     ImageWriterStage,
 )
-from aesthetic_filter.steps import LeaveOut, OwnStep, ScoreStep, Step, fingerprint
+from aesthetic_filter.steps import LeaveOut, OwnStep, ScoreStep, Step, fingerprint, name_fingerprint
 from aesthetic_filter.table import EMBEDDING, IMAGE, IMAGE_DATA
 
 OwnStage = Callable[[pa.Table], pa.Table]
@@ -90,6 +87,7 @@ class Arrangement:
             *map(_own, self.between),
             scoring,
             *map(_own, self.after),
+            name_fingerprint,
             LeaveOut(gone),
         )
         before: tuple[Step, ...] = tuple(map(_own, self.before))
@@ -212,41 +210,10 @@ def _columns(stage: Any, attribute: str) -> tuple[str, ...]:
 
 def _identity(stage: Any) -> str:
     """What tells a stage from another one, or from itself with other settings, in any process."""
-    described = repr(stage)
-    if " at 0x" not in described:
+    described = told(stage)
+    if not isinstance(stage, FUNCTIONS):
         return described
-    is_code = isinstance(stage, FunctionType | MethodType | partial)
-    traits = "\n".join(_traits(stage if is_code else type(stage).__call__))
-    code = f" {hashlib.sha256(traits.encode()).hexdigest()[:12]}" if traits else ""
-    return stage_label(stage) + code
-
-
-def _traits(thing: Any, inside: tuple[Any, ...] = ()) -> Iterator[str]:
-    """Of a function: what it does and what it was given. Of what may change by itself, nothing."""
-    parts: tuple[Any, ...] = ()
-    if any(thing is outer for outer in inside):  # a function that calls itself
-        return
-    if isinstance(thing, FunctionType):
-        code = thing.__code__
-        known = inspect.getclosurevars(thing).nonlocals
-        own = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
-        given = (known.get(name) for name in code.co_freevars if name not in own)
-        parts = (code, thing.__defaults__, tuple((thing.__kwdefaults__ or {}).items()), *given)
-    elif isinstance(thing, CodeType):
-        yield thing.co_code.hex()
-        parts = (thing.co_names, thing.co_consts)
-    elif isinstance(thing, partial):
-        parts = (thing.func, *thing.args, *thing.keywords.items())
-    elif isinstance(thing, MethodType):
-        parts = (thing.__func__,)
-    elif isinstance(thing, tuple):
-        parts = thing
-    elif isinstance(thing, frozenset):
-        yield from sorted(map(repr, thing))
-    elif isinstance(thing, str | bytes | int | float | complex | None):
-        yield repr(thing)
-    for part in parts:
-        yield from _traits(part, (*inside, thing))
+    return f"{stage_label(stage)} {hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def _own(stage: OwnStage) -> OwnStep:

@@ -292,7 +292,7 @@ def _measure(
             made_from = {"images": where, **(engine.describe(embedding) if embedding else {})}
         if stages.writer is not None:  # rather before hours of scoring than after
             check_images("images" in made_from, stages.writer.format)
-            check_folder(local_folder(stages.writer.output_dir))
+            check_folder(local_folder(stages.writer.output_dir), apart_from=folder)
         # The published encoder's own embeddings are what they are, however odd the pictures.
         allow_foreign = allow_foreign or made_from.get("encoder", {}).get("published", False)
         if opened.reader.GIVES == EMBEDDING:

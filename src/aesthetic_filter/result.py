@@ -65,13 +65,12 @@ class Result:
         if self.threshold is None:
             return ""
         counts = self.counts
-        names = (drop_reason(self.threshold), f"min-score {self.threshold:g}")
-        below = sum(counts.dropped.get(name, 0) for name in names)
-        by_stages = sum(counts.dropped.values()) - below
+        last = counts.dropped.get(f"min-score {self.threshold:g}", 0)
+        below = last + counts.dropped.get(drop_reason(self.threshold), 0)
         if counts.kept and not below:
             what = "everything"
-        elif below and not counts.kept and not by_stages:
-            what = "nothing"
+        elif not counts.kept and (last or below == sum(counts.dropped.values()) > 0):
+            what = "nothing"  # not where it may be the stages after it that dropped the rest
         else:
             return ""
         return f"score_threshold {self.threshold:g} keeps {what}"

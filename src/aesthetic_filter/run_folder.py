@@ -149,6 +149,9 @@ class RunFolder:
                         writer.write_table(table)
                     writer.add_key_value_metadata(counts_metadata())
             pieces[-1].replace(final)
+        except pa.ArrowNotImplementedError as error:
+            why = str(error).splitlines()[0]
+            raise StageError(f"a column of the stages cannot be stored: {why}") from None
         finally:
             for path in pieces:
                 path.unlink(missing_ok=True)
@@ -309,7 +312,10 @@ def _with_columns_of(schema: pa.Schema, table: pa.Table) -> pa.Schema:
 
 
 def _unified(one: pa.Field, other: pa.Field) -> pa.Field:
-    schemas = [pa.schema([pa.field(one.name, field.type)]) for field in (one, other)]
+    kinds = [one.type, other.type]
+    if sum(map(pa.types.is_dictionary, kinds)) == 1:
+        kinds = [k.value_type if pa.types.is_dictionary(k) else k for k in kinds]
+    schemas = [pa.schema([pa.field(one.name, kind)]) for kind in kinds]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field(0)
     except pa.ArrowException:

@@ -25,6 +25,8 @@ from aesthetic_filter.table import DROPPED_BY, EMBEDDING, ERROR, IMAGE, SCORE, S
 Step = Callable[[pa.Table], pa.Table]
 
 _PLACE = "__aesthetic_filter_place"
+_BELOW = f"{SCORE} < "
+_DIGEST = "__aesthetic_filter_sha256"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ScoreStep:
         check_space(self.head, table)
         live = compute.any(live_rows(table)).as_py()
         if EMBEDDING not in table.column_names and not live:  # none came to one's own encoder
-            none = pa.nulls(len(table), pa.list_(pa.float32(), self.head.width))
+            none = pa.nulls(len(table), pa.list_(pa.float16(), self.head.width))
             table = table.append_column(EMBEDDING, none)
         scored = score_table(table, self.head, threads=self.threads)
         scored = scored.append_column(EMBEDDING, table.column(EMBEDDING))
@@ -66,8 +68,11 @@ def mark_dropped(table: pa.Table, threshold: float | None) -> pa.Table:
         return table
     below = compute.less(table.column(SCORE), pa.scalar(threshold, pa.float32()))
     marks = pa.scalar(None, pa.string())
-    if DROPPED_BY in table.column_names:
+    if DROPPED_BY in table.column_names:  # a threshold's verdict is given again, others stay
         marks = table.column(DROPPED_BY)
+        judged = compute.starts_with(marks, _BELOW).fill_null(False)
+        marks = compute.if_else(judged, pa.scalar(None, pa.string()), marks)
+        table = table.set_column(table.column_names.index(DROPPED_BY), DROPPED_BY, marks)
     live = compute.and_(below.fill_null(False), live_rows(table))
     marks = compute.if_else(live, pa.scalar(drop_reason(threshold)), marks)
     if DROPPED_BY in table.column_names:
@@ -77,7 +82,12 @@ def mark_dropped(table: pa.Table, threshold: float | None) -> pa.Table:
 
 def drop_reason(threshold: float) -> str:
     """What stands in ``dropped_by`` of a row below the threshold."""
-    return f"{SCORE} < {threshold:g}"
+    return f"{_BELOW}{threshold:g}"
+
+
+def is_threshold_s(mark: str) -> bool:
+    """Whether what stands in ``dropped_by`` is the verdict of a threshold, not of a stage."""
+    return mark.startswith(_BELOW)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,12 @@ class OwnStep:
             raise StageError(f"{self.label}: {type(error).__name__}: {error}") from error
         if not isinstance(given, pa.Table):
             raise StageError(f"{self.label}: gave a {type(given).__name__}, not a pyarrow.Table")
+        names = given.column_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise StageError(
+                f"{self.label}: gave the column {twice!r} twice; to change one, use set_column"
+            )
         lost = [name for name in live.column_names if name not in given.column_names]
         lost = [name for name in lost if name not in (IMAGE, _PLACE)]
         if lost:
@@ -164,15 +180,22 @@ class OwnStep:
 
 
 def fingerprint(table: pa.Table) -> pa.Table:
-    """A step: ``image_sha256``, where an encoder of the user's own does not give it.
+    """A step: the sha256 of each image, as it was read, for a pipeline with an encoder of its own.
 
     By it a writer knows that an image is still the one that was scored.
     """
-    if IMAGE not in table.column_names or SHA256 in table.column_names:
-        return table
     images = (cell.as_py() for cell in table.column(IMAGE))
     digests = [None if i is None else hashlib.sha256(i).hexdigest() for i in images]
-    return table.append_column(SHA256, pa.array(digests, pa.string()))
+    return table.append_column(_DIGEST, pa.array(digests, pa.string()))
+
+
+def name_fingerprint(table: pa.Table) -> pa.Table:
+    """A step: what :func:`fingerprint` found becomes ``image_sha256``, if no stage gave that."""
+    if _DIGEST not in table.column_names:
+        return table
+    if SHA256 in table.column_names:
+        return table.drop_columns([_DIGEST])
+    return table.rename_columns([SHA256 if n == _DIGEST else n for n in table.column_names])
 
 
 def live_rows(table: pa.Table) -> Any:

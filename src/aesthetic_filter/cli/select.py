@@ -106,8 +106,8 @@ def _filter(
         from aesthetic_filter.clip.options import ImageOptions
 
         check_source_for(scores, as_)  # likewise
-        check_folder(local_folder(out))
         folder = scores_folder or str(Path(out).expanduser().parent / "scores")
+        check_folder(local_folder(out), apart_from=local_folder(folder))
         broken = run_score(
             scores,
             folder,

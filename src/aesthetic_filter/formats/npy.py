@@ -7,7 +7,8 @@ vector is the file's name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -136,7 +137,7 @@ def _read_header(file: BinaryIO, shard: Shard) -> _Layout:
         }
         if version not in readers:
             raise ShardError(name, f"written in .npy version {version}, which is not read here")
-        shape, columns_first, dtype = readers[version](file)
+        shape, columns_first, dtype = _parse(readers[version], file)
     except (ValueError, EOFError, SyntaxError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ShardError(name, f"not a .npy file, or cut short in its header ({reason})") from None
@@ -157,6 +158,24 @@ def _read_header(file: BinaryIO, shard: Shard) -> _Layout:
             name, f"cut short: its header promises {shape[0]:,} rows, {whole:,} are there"
         )
     return layout
+
+
+_PARSING = threading.Lock()
+
+
+def _parse(read: Callable[[BinaryIO], Any], file: BinaryIO) -> Any:
+    """NumPy's reading of a header, which is Python to it.
+
+    CPython 3.11 may fail to parse two pieces of Python at once in two threads, with a
+    ``SystemError`` about its own recursion depth (github.com/python/cpython/issues/106905).
+    """
+    place = file.tell()
+    with _PARSING:
+        try:
+            return read(file)
+        except SystemError:
+            file.seek(place)
+            return read(file)
 
 
 def _read_rows(

@@ -126,7 +126,11 @@ def rows_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         compression_level=1,
         use_dictionary=[f.name for f in schema if f.name not in (*unique, *split)],
         column_encoding={
-            **{f.name: "DELTA_BYTE_ARRAY" for f in schema if f.name in (IMAGE_ID, IMAGE_PATH)},
+            **{
+                field.name: "DELTA_BYTE_ARRAY"
+                for field in schema
+                if field.name in (IMAGE_ID, IMAGE_PATH) and field.type == pa.string()
+            },
             **dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
         },
     )

@@ -106,14 +106,25 @@ def _remove_empty(folder: Path, inner: Path) -> None:
         inner = inner.parent
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, apart_from: Path | None = None) -> None:
     """Refuse a folder that a selection cannot be written to.
+
+    Args:
+        folder: the folder.
+        apart_from: where scores will be; neither may lie in the other.
 
     Raises:
         OutputError: it holds something else, or is none.
     """
-    if folder.is_file():
-        raise OutputError(f"{folder}: is a file; give a folder")
+    for there in (folder, *folder.parents):
+        if there.is_file():
+            raise OutputError(f"{there}: is a file; give a folder")
+    if apart_from is not None:
+        one, other = folder.resolve(), apart_from.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise OutputError(
+                f"{folder}: what is kept and the scores, {apart_from}, need folders apart"
+            )
     if scores_around(folder):
         raise OutputError(
             f"{folder}: lies in a folder of scores; give another for what is kept of them"
