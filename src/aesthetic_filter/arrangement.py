@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from aesthetic_filter.errors import PipelineError
-from aesthetic_filter.identity import FUNCTIONS, told
+from aesthetic_filter.identity import FUNCTIONS, short_digest, told
 from aesthetic_filter.stages import (
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
@@ -83,17 +82,12 @@ class Arrangement:
             self.scoring.loaded_head, threshold, num_gpus=self.scoring.num_gpus_per_worker
         )
         gone = (IMAGE, IMAGE_DATA) if keep_embeddings else (IMAGE, IMAGE_DATA, EMBEDDING)
-        after: tuple[Step, ...] = (
-            *map(_own, self.between),
-            scoring,
-            *map(_own, self.after),
-            name_fingerprint,
-            LeaveOut(gone),
-        )
-        before: tuple[Step, ...] = tuple(map(_own, self.before))
+        before: list[Step] = [*map(_own, self.before)]
+        after: list[Step] = [*map(_own, self.between), scoring, *map(_own, self.after)]
         if self.embedding is None and keep_embeddings:
-            before = (fingerprint, *before)
-        return before, after
+            before.insert(0, fingerprint)
+            after.append(name_fingerprint)
+        return tuple(before), (*after, LeaveOut(gone))
 
 
 def arrange(stages: Sequence[Any]) -> Arrangement:
@@ -213,7 +207,7 @@ def _identity(stage: Any) -> str:
     described = told(stage)
     if not isinstance(stage, FUNCTIONS):
         return described
-    return f"{stage_label(stage)} {hashlib.sha256(described.encode()).hexdigest()[:12]}"
+    return f"{stage_label(stage)} {short_digest(described)}"
 
 
 def _own(stage: OwnStage) -> OwnStep:

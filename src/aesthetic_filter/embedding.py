@@ -30,6 +30,7 @@ from aesthetic_filter.table import (
     WIDTH,
     column_vectors,
     vectors_column,
+    with_column,
 )
 
 if TYPE_CHECKING:
@@ -229,9 +230,7 @@ def _with_embeddings(table: pa.Table, futures: Sequence[Future[Embedded] | None]
             found.append(future.result())
         else:
             found.append(Embedded(known[row], 0, 0, "") if there[row] else None)
-    place = table.column_names.index(EMBEDDING)
-    embedded = table.set_column(place, EMBEDDING, embeddings_column(found))
-    return embedded.drop_columns([PIXELS])
+    return with_column(table, EMBEDDING, embeddings_column(found)).drop_columns([PIXELS])
 
 
 class _Waiting:

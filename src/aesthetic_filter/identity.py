@@ -27,6 +27,11 @@ def told(thing: Any) -> str:
     return _told(thing, {})
 
 
+def short_digest(text: str) -> str:
+    """Enough of a text's sha256 to tell it from others: 12 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _told(thing: Any, seen: dict[int, Any]) -> str:
     if isinstance(thing, (*FUNCTIONS, list, dict)) or is_dataclass(thing):
         if id(thing) in seen:  # a function that calls itself, say
@@ -60,12 +65,13 @@ def _told(thing: Any, seen: dict[int, Any]) -> str:
         values = [(f.name, getattr(thing, f.name)) for f in fields(thing) if f.repr]
         inner = ", ".join(f"{name}={_told(value, seen)}" for name, value in values)
         return f"{type(thing).__qualname__}({inner})"
-    if _ADDRESS.search(described) is None:
-        return described
-    call = type(thing).__call__ if callable(thing) else None
-    code = f" {_told(call.__code__, seen)}" if isinstance(call, FunctionType) else ""
-    digest = f" {hashlib.sha256(code.encode()).hexdigest()[:12]}" if code else ""
-    return _ADDRESS.sub("", described) + digest
+    name = _ADDRESS.sub("", described)
+    if name == described or not callable(thing):
+        return name
+    call = type(thing).__call__
+    if not isinstance(call, FunctionType):
+        return name
+    return f"{name} {short_digest(_told(call.__code__, seen))}"
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -31,7 +31,7 @@ from aesthetic_filter.formats import Format, Shard, Wanted, find_format
 from aesthetic_filter.heads import Head, load_head
 from aesthetic_filter.images import ImageBatch, ImageObject, embedding_vectors
 from aesthetic_filter.scoring import score_vectors
-from aesthetic_filter.steps import drop_reason, is_threshold_s, live_rows, mark_dropped
+from aesthetic_filter.steps import drop_reason, is_threshold_verdict, live_rows, mark_dropped
 from aesthetic_filter.storage import Source, list_source, read_address
 from aesthetic_filter.table import (
     COSINE,
@@ -375,7 +375,7 @@ class ImageAestheticFilterStage:
             image.aesthetic_score, image.error = score, why
             below = self.score_threshold is not None and why is None
             drops = below and np.float32(score) < np.float32(self.score_threshold)
-            if image.dropped_by is None or is_threshold_s(image.dropped_by):
+            if image.dropped_by is None or is_threshold_verdict(image.dropped_by):
                 # What another stage dropped stays so; what a threshold did is judged again.
                 image.dropped_by = drop_reason(self.score_threshold or 0.0) if drops else None
         kept = [i for i in batch if i.error is None and i.dropped_by is None]

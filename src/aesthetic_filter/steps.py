@@ -20,7 +20,7 @@ from aesthetic_filter.errors import AestheticFilterError, StageError
 from aesthetic_filter.guard import check_space
 from aesthetic_filter.heads import Head
 from aesthetic_filter.scoring import score_table
-from aesthetic_filter.table import DROPPED_BY, EMBEDDING, ERROR, IMAGE, SCORE, SHA256
+from aesthetic_filter.table import DROPPED_BY, EMBEDDING, ERROR, IMAGE, SCORE, SHA256, with_column
 
 Step = Callable[[pa.Table], pa.Table]
 
@@ -58,7 +58,7 @@ class ScoreStep:
             dropped = compute.is_valid(scored.column(DROPPED_BY))
             given = table.column(ERROR) if ERROR in table.column_names else pa.nulls(len(table))
             errors = compute.if_else(dropped, given.cast(pa.string()), scored.column(ERROR))
-            scored = scored.set_column(scored.column_names.index(ERROR), ERROR, errors)
+            scored = with_column(scored, ERROR, errors)
         return mark_dropped(scored, self.threshold)
 
 
@@ -67,17 +67,15 @@ def mark_dropped(table: pa.Table, threshold: float | None) -> pa.Table:
     if threshold is None:
         return table
     below = compute.less(table.column(SCORE), pa.scalar(threshold, pa.float32()))
-    marks = pa.scalar(None, pa.string())
+    marks = pa.nulls(len(table), pa.string())
     if DROPPED_BY in table.column_names:  # a threshold's verdict is given again, others stay
         marks = table.column(DROPPED_BY)
         judged = compute.starts_with(marks, _BELOW).fill_null(False)
         marks = compute.if_else(judged, pa.scalar(None, pa.string()), marks)
-        table = table.set_column(table.column_names.index(DROPPED_BY), DROPPED_BY, marks)
+        table = with_column(table, DROPPED_BY, marks)
     live = compute.and_(below.fill_null(False), live_rows(table))
     marks = compute.if_else(live, pa.scalar(drop_reason(threshold)), marks)
-    if DROPPED_BY in table.column_names:
-        return table.set_column(table.column_names.index(DROPPED_BY), DROPPED_BY, marks)
-    return table.append_column(DROPPED_BY, marks)
+    return with_column(table, DROPPED_BY, marks)
 
 
 def drop_reason(threshold: float) -> str:
@@ -85,7 +83,7 @@ def drop_reason(threshold: float) -> str:
     return f"{_BELOW}{threshold:g}"
 
 
-def is_threshold_s(mark: str) -> bool:
+def is_threshold_verdict(mark: str) -> bool:
     """Whether what stands in ``dropped_by`` is the verdict of a threshold, not of a stage."""
     return mark.startswith(_BELOW)
 
@@ -191,8 +189,6 @@ def fingerprint(table: pa.Table) -> pa.Table:
 
 def name_fingerprint(table: pa.Table) -> pa.Table:
     """A step: what :func:`fingerprint` found becomes ``image_sha256``, if no stage gave that."""
-    if _DIGEST not in table.column_names:
-        return table
     if SHA256 in table.column_names:
         return table.drop_columns([_DIGEST])
     return table.rename_columns([SHA256 if n == _DIGEST else n for n in table.column_names])
@@ -209,10 +205,7 @@ def live_rows(table: pa.Table) -> Any:
 
 def _dropped(rows: pa.Table, label: str) -> pa.Table:
     marks = pa.array([label] * rows.num_rows, pa.string())
-    if DROPPED_BY in rows.column_names:
-        place = rows.column_names.index(DROPPED_BY)
-        return rows.set_column(place, DROPPED_BY, marks)
-    return rows.append_column(DROPPED_BY, marks)
+    return with_column(rows, DROPPED_BY, marks)
 
 
 @dataclass(frozen=True)

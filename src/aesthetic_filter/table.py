@@ -70,6 +70,13 @@ def carried_names(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def with_column(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """A table with these values in a column: where it is, if there is one, else as the last."""
+    if name in table.column_names:
+        return table.set_column(table.column_names.index(name), name, values)
+    return table.append_column(name, values)
+
+
 def vectors_column(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
     """(N, D) float16, float32 or float64 vectors as an Arrow column, uncopied if contiguous."""
     native = vectors.astype(vectors.dtype.newbyteorder("="), copy=False)

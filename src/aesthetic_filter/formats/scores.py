@@ -22,6 +22,7 @@ from aesthetic_filter.table import (
     METADATA_KEY,
     NORM,
     SCORE,
+    with_column,
 )
 
 DESCRIPTION = "a scores folder made from images"
@@ -78,8 +79,7 @@ def read(source: Source, shard: Shard, wanted: Wanted) -> Iterator[pa.Table]:
                 reasons = compute.coalesce(reasons, why)
                 rows = rows.drop_columns([DROPPED_BY])
             reasons = compute.if_else(failed, reasons, pa.scalar(None, pa.string()))
-            place = rows.column_names.index(ERROR)
-            yield rows.set_column(place, ERROR, reasons)
+            yield with_column(rows, ERROR, reasons)
 
 
 def sample(source: Source, shard: Shard, wanted: Wanted, rows: int) -> pa.Table | None:

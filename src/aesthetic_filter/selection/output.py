@@ -114,14 +114,14 @@ def check_folder(folder: Path, *, apart_from: Path | None = None) -> None:
         apart_from: where scores will be; neither may lie in the other.
 
     Raises:
-        OutputError: it holds something else, or is none.
+        OutputError: it holds something else, is none, or is not apart from the scores.
     """
     for there in (folder, *folder.parents):
         if there.is_file():
             raise OutputError(f"{there}: is a file; give a folder")
     if apart_from is not None:
         one, other = folder.resolve(), apart_from.resolve()
-        if one == other or one in other.parents or other in one.parents:
+        if one.is_relative_to(other) or other.is_relative_to(one):
             raise OutputError(
                 f"{folder}: what is kept and the scores, {apart_from}, need folders apart"
             )
